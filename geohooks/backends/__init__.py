@@ -1,0 +1,1 @@
+"""How events are obtained from a model: torch forward hooks."""

@@ -1,0 +1,2 @@
+def base(name, figures): return "TODO"
+def tuned(name, base, figures): return "TODO"

@@ -1,0 +1,165 @@
+"""What a host puts on a model's modules, so that all of it comes off again and no copy of the model carries it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Attachment"]
+
+_ABSENT = object()
+_lock = threading.RLock()
+_OPTIONS = {
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+}
+
+
+class _Marks:
+    """What hosts have put on one module: hook ids, and attributes with their original values.
+
+    It stands as the instance's `__reduce_ex__`, by which `copy.deepcopy` and pickle take a module apart: what they
+    get is the module without the marks.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.hooks: dict[str, list[int]] = {name: [] for name in _OPTIONS}
+        self.originals: dict[str, Any] = {}
+        module.__dict__["__reduce_ex__"] = self
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Marks:
+        found = module.__dict__.get("__reduce_ex__")
+        return found if isinstance(found, cls) else cls(module)
+
+    def __call__(self, protocol: Any) -> Any:
+        reduced = type(self.module).__reduce_ex__(self.module, protocol)
+        constructor, arguments, state, *rest = reduced
+        state = dict(state)
+        state.pop("__reduce_ex__", None)
+        for name, ids in self.hooks.items():
+            for table in (name, *_OPTIONS[name]):
+                kept = [(key, value) for key, value in state[table].items() if key not in ids]
+                state[table] = OrderedDict(kept)
+        for name, original in self.originals.items():
+            if original is _ABSENT:
+                state.pop(name, None)
+            else:
+                state[name] = original
+        return (constructor, arguments, state, *rest)
+
+    def keep(self, name: str) -> None:
+        """Remember what the module itself has under `name`."""
+        self.originals[name] = self.module.__dict__.get(name, _ABSENT)
+
+    def restore(self, name: str) -> None:
+        original = self.originals.pop(name)
+        if original is _ABSENT:
+            self.module.__dict__.pop(name, None)
+        else:
+            self.module.__dict__[name] = original
+
+    def drop_if_empty(self) -> None:
+        if not self.originals and not any(self.hooks.values()):
+            self.module.__dict__.pop("__reduce_ex__", None)
+
+
+class _Chain:
+    """A method of one module with its hosts' wrappers around it; the last host to come is the outermost."""
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+        self.owners: dict[Attachment, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        function = self.inner
+        for wrapper in tuple(self.owners.values()):
+            function = partial(wrapper, function)
+        return function(*args, **kwargs)
+
+
+class Attachment:
+    """Everything that one host has put on modules; `remove()` takes off that and nothing else."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def hook(
+        self, module: nn.Module, function: Callable[..., Any], *, before: bool = False, always: bool = False
+    ) -> None:
+        """Call `function` with args and kwargs before or after `module`, ahead of every hook that is not geohooks'."""
+        with _lock:
+            if before:
+                handle = module.register_forward_pre_hook(function, with_kwargs=True)
+                table = "_forward_pre_hooks"
+            else:
+                handle = module.register_forward_hook(function, with_kwargs=True, always_call=always)
+                table = "_forward_hooks"
+            marks = _Marks.of(module)
+            ours = marks.hooks[table]
+            hooks = getattr(module, table)
+            ours.append(handle.id)
+            for other in [key for key in hooks if key not in ours]:
+                hooks.move_to_end(other)
+
+            def undo() -> None:
+                handle.remove()
+                ours.remove(handle.id)
+                marks.drop_if_empty()
+
+            self._undo.append(undo)
+
+    def wrap(self, module: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
+        """Have `module.name(...)` call `wrapper(original, ...)`; other hosts' wrappers of it stay. Done once."""
+        with _lock:
+            chain = module.__dict__.get(name)
+            if isinstance(chain, _Chain) and self in chain.owners:
+                return
+            marks = _Marks.of(module)
+            if not isinstance(chain, _Chain):
+                inner = getattr(module, name)
+                marks.keep(name)
+                chain = module.__dict__[name] = _Chain(inner)
+            chain.owners[self] = wrapper
+            kept = chain
+
+            def undo() -> None:
+                del kept.owners[self]
+                present = module.__dict__.get(name)
+                if present is kept and not kept.owners:
+                    marks.restore(name)
+                elif not isinstance(present, _Chain):
+                    # Somebody has put something else there since: it stays.
+                    marks.originals.pop(name, None)
+                marks.drop_if_empty()
+
+            self._undo.append(undo)
+
+    def substitute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Have `module.name` be `value` until removed; the caller sees to it that one host at a time does so."""
+        with _lock:
+            marks = _Marks.of(module)
+            marks.keep(name)
+            module.__dict__[name] = value
+
+            def undo() -> None:
+                marks.restore(name)
+                marks.drop_if_empty()
+
+            self._undo.append(undo)
+
+    def on_remove(self, function: Callable[[], None]) -> None:
+        """Call `function` when everything is taken off."""
+        self._undo.append(function)
+
+    def remove(self) -> None:
+        """Take everything off, last first."""
+        with _lock:
+            while self._undo:
+                self._undo.pop()()

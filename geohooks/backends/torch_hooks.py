@@ -1,0 +1,347 @@
+"""Events by torch forward hooks: one raw hook a subscribed site, and a pair around each stack and the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from geohooks.anatomy import Tap
+from geohooks.backends import attention, checkpointing
+from geohooks.backends.attachment import Attachment
+from geohooks.backends.compiled_graphs import untraced
+from geohooks.call import Call, Progress
+from geohooks.errors import AdapterError, PluginError
+from geohooks.events import AttentionEvent, HiddenEvent, LogitsEvent, RouterEvent, check_edit
+from geohooks.roster import Listener, hook_of
+from geohooks.sites import Site
+
+if TYPE_CHECKING:
+    from geohooks.host import Host
+
+__all__ = ["TorchHooks"]
+
+Listeners = tuple[Listener, ...]
+
+
+class TorchHooks:
+    """The raw hooks of one host for one plan: who listens where."""
+
+    def __init__(self, host: Host, plan: Mapping[Site, Listeners]) -> None:
+        self.host = host
+        self.sites = tuple(plan)
+        self.current = host.current
+        self.model = host.anatomy.model
+        self.attachment = Attachment()
+        self._listeners = tuple(plan.values())
+        self._stacks = {stack.module: stack.name for stack in host.anatomy.stacks}
+        self._parameters = {
+            module: tuple(signature(module.forward).parameters) for module in (self.model, *self._stacks)
+        }
+        for index, (site, listeners) in enumerate(plan.items()):
+            self._attach_site(index, site, listeners)
+        for module in self._parameters:
+            self.attachment.hook(module, untraced(self._opening(module)), before=True)
+            self.attachment.hook(module, untraced(self._closing(module)), always=True)
+        self._checkpointable = checkpointing.checkpointable(self.model)
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        self.attachment.remove()
+
+    def _attach_site(self, index: int, site: Site, listeners: Listeners) -> None:
+        anatomy = self.host.anatomy
+        hook = hook_of(site)
+        if hook == "on_attention":
+            block = anatomy.block(site)
+            module = block.attention if site.kind == "pattern" else block.cross_attention
+            assert module is not None
+            attention.listen(self.attachment, module, self._attention_listener(index, site, listeners))
+        elif hook == "on_router":
+            self.attachment.hook(anatomy.tap(site).module, untraced(self._router_hook(index, site, listeners)))
+        elif hook == "on_hidden":
+            tap = anatomy.tap(site)
+            make = self._input_hook if tap.side == "input" else self._output_hook
+            self.attachment.hook(tap.module, untraced(make(index, site, listeners, tap)), before=tap.side == "input")
+
+    # Each hook below runs once per layer and call: what it needs is bound here, and it makes no call that it can avoid.
+
+    def _output_hook(self, index: int, site: Site, listeners: Listeners, tap: Tap) -> Callable[..., Any]:
+        current, emit = self.current, self._emit
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            call = current.call
+            if call is None:
+                return self._outside(site)
+            value = output if output.__class__ is Tensor else _first(output, site)
+            event = HiddenEvent(site, call, value, current.recomputing)
+            emit(index, listeners, event)
+            if event.value is value:
+                return None
+            return event.value if value is output else _with_first(output, event.value)
+
+        return hook
+
+    def _input_hook(self, index: int, site: Site, listeners: Listeners, tap: Tap) -> Callable[..., Any]:
+        current, emit, name = self.current, self._emit, tap.name
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = current.call
+            if call is None:
+                return self._outside(site)
+            named = name in kwargs
+            value = kwargs[name] if named else args[0]
+            event = HiddenEvent(site, call, value, current.recomputing)
+            emit(index, listeners, event)
+            if event.value is value:
+                return None
+            return (args, {**kwargs, name: event.value}) if named else ((event.value, *args[1:]), kwargs)
+
+        return hook
+
+    def _router_hook(self, index: int, site: Site, listeners: Listeners) -> Callable[..., Any]:
+        current, emit, adapter = self.current, self._emit, self.host.anatomy.adapter
+        block = self.host.anatomy.block(site)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            call = current.call
+            if call is None:
+                return self._outside(site)
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            event = RouterEvent(site, call, adapter, block, hidden, output, current.recomputing)
+            emit(index, listeners, event)
+            return None if event.output is output else event.output
+
+        return hook
+
+    def _attention_listener(self, index: int, site: Site, listeners: Listeners) -> attention.AttentionCall:
+        current, emit = self.current, self._emit
+
+        def listener(
+            module: nn.Module, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, options: dict[str, Any]
+        ) -> None:
+            call = current.call
+            if call is None:
+                return
+            event = AttentionEvent(
+                site,
+                call,
+                states,
+                mask,
+                options.get("scaling") or states[0].shape[-1] ** -0.5,
+                bias=options.get("position_bias"),
+                sinks=options.get("s_aux", getattr(module, "sinks", None)),
+                causal=attention.is_causal(module, options),
+                recomputing=current.recomputing,
+            )
+            emit(index, listeners, event)
+
+        return listener
+
+    def _emit(self, index: int, listeners: Listeners, event: Any) -> None:
+        """Give `event` to its listeners in order; what the first pass of a checkpoint edited is edited again."""
+        call = event.call
+        if event.recomputing:
+            listeners = tuple(one for one in listeners if (event.site, one.plugin) in call.progress.edits)
+        elif call.progress.plan is self:
+            call.progress.fired[index] = 1
+        for listener in listeners:
+            before = event.value
+            try:
+                listener.function(event)
+            except Exception as error:
+                if not self.host.drops_faulty:
+                    raise
+                event.value = before
+                self.host.fault(listener.plugin, event.site, call, error)
+                continue
+            if event.value is not before:
+                self._edited(listener, event, before)
+
+    def _edited(self, listener: Listener, event: Any, before: Tensor) -> None:
+        check_edit(event.site, before, event.value)
+        if not self.host.may_edit(listener.plugin):
+            raise PluginError(
+                f"plugin '{listener.plugin}' assigned '{event.site}' but does not say which sites it edits; "
+                "give it a sites(anatomy) hook that returns them"
+            )
+        event.call.progress.edits.add((event.site, listener.plugin))
+        self.host.edited.add(event.site)
+
+    def _outside(self, site: Site) -> None:
+        """Nothing is heard outside a call; an edit that a foreign checkpoint recomputes can't be repeated, and is refused."""
+        if site in self.host.edited and torch._C._current_graph_task_id() != -1:
+            raise PluginError(
+                f"'{site}' was edited and is recomputed by a checkpoint that geohooks does not know; "
+                "use model.gradient_checkpointing_enable(), or no checkpointing with this plugin"
+            )
+
+    # Around the model and around each stack.
+
+    def _opening(self, module: nn.Module) -> Callable[..., None]:
+        current, name, is_model = self.current, self._stacks.get(module), module is self.model
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if current.paused or current.recomputing:
+                return
+            call = current.call
+            if call is None or call.progress.owner is module:
+                # A call whose owner starts again was left open by an exception that hooks do not see.
+                call = current.call = None
+                call = self._open(module, None if is_model else name, args, kwargs)
+            if name is not None:
+                call.progress.entered.add(name)
+
+        return hook
+
+    def _open(self, module: nn.Module, stack: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        inputs = {**dict(zip(self._parameters[module], args, strict=False)), **kwargs}
+        host = self.host
+        call = Call(
+            host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation
+        )
+        call.progress = Progress(module, self, bytearray(len(self.sites)))
+        if self.model.training:
+            checkpointing.keep_calls(self.attachment, self._checkpointable, self.current)
+        for listener in host.listeners("on_call_start"):
+            host.guarded(listener, call)
+        self.current.call = call
+        return call
+
+    def _closing(self, module: nn.Module) -> Callable[..., Any]:
+        current = self.current
+        logits = Site(None, None, "logits")
+        index = self.sites.index(logits) if logits in self.sites else None
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            call = current.call
+            if call is None or call.progress.owner is not module or current.recomputing:
+                return None
+            try:
+                if output is None:
+                    return None
+                call.output = output
+                if module is self.model and index is not None:
+                    call.output = self._logits(index, self._listeners[index], call, output)
+                self._close(call)
+                return None if call.output is output else call.output
+            finally:
+                current.call = None
+                call.output = None
+
+        return hook
+
+    def _close(self, call: Call) -> None:
+        host = self.host
+        if call.progress.plan is self and host.backend is self:
+            missing = tuple(self._missing(call))
+            if missing:
+                names = ", ".join(str(site) for site in missing)
+                raise AdapterError(
+                    f"{type(self.model).__name__}: {names} did not pass in this call, though a plugin asked for it; "
+                    f"adapter '{host.anatomy.adapter.name}' is wrong about this model, or the model skips these layers"
+                )
+        if call.generation is not None:
+            call.generation.last_call = call
+            call.generation.step += call.stack is None or call.stack == host.anatomy.main.name
+        for listener in host.listeners("on_call_end"):
+            host.guarded(listener, call)
+        host.ended(call)
+
+    def _missing(self, call: Call) -> Iterator[Site]:
+        for fired, site in zip(call.progress.fired, self.sites, strict=True):
+            if fired or (site.stack is not None and site.stack not in call.progress.entered):
+                continue
+            if site.kind == "embedding" and any(name.endswith("inputs_embeds") for name in _given(call.inputs)):
+                continue
+            if site.kind == "logits" and call.stack is not None:
+                continue
+            yield site
+
+    def _logits(self, index: int, listeners: Listeners, call: Call, output: Any) -> Any:
+        value = _find_logits(output, call)
+        event = LogitsEvent(self.sites[index], call, value, self.host.compiled)
+        self._emit(index, listeners, event)
+        if event.value is value:
+            return output
+        return _with_logits(output, event.value, self._loss_change(call, output, value, event.value))
+
+    def _loss_change(self, call: Call, output: Any, before: Tensor, after: Tensor) -> Tensor | None:
+        """What the edit adds to the loss: the family's own loss of the new logits less that of the old ones."""
+        if call.labels is None or _loss(output) is None:
+            return None
+        adapter = self.host.anatomy.adapter
+        new = adapter.loss(self.model, after, call.inputs)
+        old = adapter.loss(self.model, before, call.inputs)
+        if new is None or old is None:
+            raise PluginError(
+                f"logits of {type(self.model).__name__} were edited in a call with labels, but adapter '{adapter.name}' "
+                "does not know its loss; call the model without labels and compute the loss from the logits"
+            )
+        return new - old
+
+
+def _given(inputs: Mapping[str, Any]) -> Iterator[str]:
+    return (name for name, value in inputs.items() if value is not None)
+
+
+def _first(output: Any, site: Site) -> Tensor:
+    value = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(value, Tensor):
+        raise AdapterError(f"'{site}' gave {type(output).__name__} whose first item is no tensor")
+    return value
+
+
+def _with_first(output: Any, value: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, (tuple, list)):
+        return type(output)((value, *output[1:]))
+    changed = copy.copy(output)
+    changed[next(iter(changed))] = value
+    return changed
+
+
+def _logits_index(output: tuple[Any, ...]) -> int:
+    """Where a plain tuple has its logits: after the loss, where there is one."""
+    return 1 if isinstance(output[0], Tensor) and output[0].dim() == 0 else 0
+
+
+def _loss(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return None
+    if isinstance(output, tuple):
+        return output[0] if _logits_index(output) == 1 else None
+    return output.get("loss")
+
+
+def _find_logits(output: Any, call: Call) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    value = output[_logits_index(output)] if isinstance(output, tuple) else output.get("logits")
+    if not isinstance(value, Tensor):
+        raise AdapterError(
+            f"{type(call.anatomy.model).__name__} returned {type(output).__name__} without logits; "
+            "ask for other sites, or use a model with a head"
+        )
+    return value
+
+
+def _with_logits(output: Any, logits: Tensor, loss_change: Tensor | None) -> Any:
+    if isinstance(output, Tensor):
+        return logits
+    if isinstance(output, tuple):
+        items = list(output)
+        items[_logits_index(output)] = logits
+        if loss_change is not None:
+            items[0] = items[0] + loss_change
+        return tuple(items)
+    changed = copy.copy(output)
+    changed["logits"] = logits
+    if loss_change is not None:
+        changed["loss"] = changed["loss"] + loss_change
+    return changed

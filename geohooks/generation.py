@@ -1,0 +1,65 @@
+"""`generate` under a host: calls know their step, and plugins hear the next-token scores."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from geohooks.call import Generation
+from geohooks.events import ScoresEvent, check_edit
+from geohooks.sites import Site
+
+if TYPE_CHECKING:
+    from geohooks.host import Host
+
+__all__ = ["heard_generate"]
+
+_SCORES = Site(None, None, "scores")
+
+
+class _Scores(LogitsProcessor):
+    """Gives each step's scores to the plugins, after every processor that the user asked for."""
+
+    def __init__(self, host: Host, generation: Generation) -> None:
+        self._host = host
+        self._generation = generation
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        call = self._generation.last_call
+        if call is None or self._host.current.paused:
+            return scores
+        event = ScoresEvent(_SCORES, call, scores, input_ids)
+        for listener in self._host.listeners("on_scores"):
+            before = event.value
+            self._host.guarded(listener, event, call=call)
+            if call.faults and call.faults[-1].plugin == listener.plugin:
+                event.value = before
+            if event.value is not before:
+                check_edit(_SCORES, before, event.value)
+        return event.value
+
+
+def heard_generate(host: Host) -> Callable[..., Any]:
+    """A wrapper of `model.generate` under which `host` hears the scores and knows the step of each call."""
+
+    def generate(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if host.current.paused:
+            return inner(*args, **kwargs)
+        bound = inspect.signature(type(host.anatomy.model).generate).bind_partial(host.anatomy.model, *args)
+        arguments = {name: value for name, value in bound.arguments.items() if name != "self"} | kwargs
+        generation = Generation()
+        processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])
+        arguments["logits_processor"] = LogitsProcessorList([*processors, _Scores(host, generation)])
+        # A compiled decoding step would not see hooks that came after its first run.
+        arguments.setdefault("disable_compile", True)
+        before, host.current.generation = host.current.generation, generation
+        try:
+            return inner(**arguments)
+        finally:
+            host.current.generation = before
+
+    return generate

@@ -1,0 +1,159 @@
+"""What one output distribution looks like, and how far a tuned one has moved from its base's."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import attrs
+import torch
+from torch import Tensor
+
+from geohooks.measures.moments import pair_moments, row_moments
+from geohooks.measures.row_chunks import computing_dtype
+from geohooks.measures.row_gradients import PairStatistics, RowStatistics
+
+__all__ = ["LogitComparison", "LogitStats", "compare_logits", "logit_stats"]
+
+
+@attrs.frozen(eq=False)
+class LogitStats:
+    """Statistics of output distributions p, each of the logits' leading shape, in nats where a unit applies."""
+
+    entropy: Tensor
+    """Shannon entropy H = -sum p log p."""
+    renyi2: Tensor
+    """Renyi entropy of order 2, H2 = -log sum p^2."""
+    varentropy: Tensor
+    """V, the variance of -log p under p (nats squared)."""
+    residual: Tensor
+    """R = H2 - (H - V / 2): what the second-order expansion of the Renyi entropy at order 1 leaves over."""
+    top1_probability: Tensor
+    margin: Tensor
+    """The largest probability minus the second largest (0 for one where the vocabulary has one id)."""
+    nll: Tensor | None
+    """-log p(target): +inf where the target is masked, NaN at ignored positions; None without targets."""
+    calibration_gap: Tensor | None
+    """NLL - H, mean zero for targets drawn from p."""
+    calibration_z: Tensor | None
+    """The gap over its spread sqrt(V), 0 where V = 0."""
+
+
+@attrs.frozen(eq=False)
+class LogitComparison:
+    """What lies between a tuned distribution q and its base p, each of the logits' leading shape, in nats."""
+
+    forward_kl: Tensor
+    """KL(base || tuned)."""
+    reverse_kl: Tensor
+    """KL(tuned || base)."""
+    jensen_shannon: Tensor
+    """The mean divergence of both from their mixture, between 0 and log 2."""
+    entropy_change: Tensor
+    renyi2_change: Tensor
+    varentropy_change: Tensor
+    residual_change: Tensor
+    top1_agreement: Tensor
+    """1 where both have the same likeliest id, else 0; no gradient."""
+    tuned: LogitStats
+    base: LogitStats
+    shared_ids: int
+    """How many ids the distributions were compared on."""
+
+
+def logit_stats(
+    logits: Tensor, targets: Tensor | None = None, *, ignore_index: int = -100, compiled: bool = False
+) -> LogitStats:
+    """Entropy, Renyi-2 entropy, varentropy and their kin of every output distribution, in one pass.
+
+    >>> stats = logit_stats(torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor(1))
+    >>> [round(float(x), 4) for x in (stats.entropy, stats.renyi2, stats.varentropy, stats.residual)]
+    [0.8018, 0.6162, 0.4944, 0.0616]
+    """
+    dtype = _check(logits)
+    wanted = _scored(targets, logits, logits.shape[-1], logits.shape[-1], ignore_index)
+    *statistics, _ = RowStatistics.apply(logits, wanted, row_moments)
+    return _stats(statistics, logits.shape[:-1])
+
+
+def compare_logits(
+    tuned: Tensor,
+    base: Tensor,
+    targets: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    compiled: bool = False,
+) -> LogitComparison:
+    """Both divergences between two models' distributions, and the statistics of each, in one pass over the pair."""
+    _check(tuned)
+    _check(base)
+    if tuned.shape[:-1] != base.shape[:-1]:
+        raise ValueError(f"tuned {tuple(tuned.shape)} and base {tuple(base.shape)} logits are of different positions")
+    shared = min(tuned.shape[-1], base.shape[-1])
+    wanted = _scored(targets, tuned, shared, max(tuned.shape[-1], base.shape[-1]), ignore_index)
+    leading = tuned.shape[:-1]
+    found = PairStatistics.apply(tuned, base, wanted, shared, pair_moments)
+    of_tuned, of_base = _stats(found[:6], leading), _stats(found[7:13], leading)
+    top_tuned, top_base = found[6], found[13]
+    forward_kl, reverse_kl, jensen_shannon = (value.view(leading) for value in found[14:])
+    agreement = (top_tuned[:, 0] == top_base[:, 0]).to(forward_kl.dtype).view(leading)
+    return LogitComparison(
+        forward_kl=forward_kl,
+        reverse_kl=reverse_kl,
+        jensen_shannon=jensen_shannon,
+        entropy_change=of_tuned.entropy - of_base.entropy,
+        renyi2_change=of_tuned.renyi2 - of_base.renyi2,
+        varentropy_change=of_tuned.varentropy - of_base.varentropy,
+        residual_change=of_tuned.residual - of_base.residual,
+        top1_agreement=agreement.masked_fill(forward_kl.isnan(), torch.nan),
+        tuned=of_tuned,
+        base=of_base,
+        shared_ids=shared,
+    )
+
+
+def _check(logits: Tensor) -> torch.dtype:
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits are [..., vocabulary] with at least one id, got the shape {tuple(logits.shape)}")
+    return computing_dtype(logits.dtype)
+
+
+def _scored(targets: Tensor | None, logits: Tensor, known: int, vocabulary: int, ignore_index: int) -> Tensor | None:
+    if targets is None:
+        return None
+    if targets.is_floating_point() or targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets are token ids of the logits' leading shape {tuple(logits.shape[:-1])}, "
+            f"got {targets.dtype} of shape {tuple(targets.shape)}"
+        )
+    ids = targets.reshape(-1).to(device=logits.device, dtype=torch.int64)
+    counted = ids != ignore_index
+    if ids.device.type == "cpu":
+        wrong = ids[counted & ((ids < 0) | (ids >= vocabulary))]
+        if len(wrong):
+            raise ValueError(f"target {int(wrong[0])} is outside the vocabulary of {vocabulary} ids")
+    return ids.masked_fill(~counted | (ids < 0) | (ids >= known), -1)
+
+
+def _stats(statistics: tuple[Tensor | None, ...], leading: torch.Size) -> LogitStats:
+    entropy, renyi2, varentropy, top1, second, nll = (
+        None if value is None else value.view(leading) for value in statistics
+    )
+    entropy, renyi2, varentropy = cast(Tensor, entropy), cast(Tensor, renyi2), cast(Tensor, varentropy)
+    top1, second = cast(Tensor, top1), cast(Tensor, second)
+    gap = z = None
+    if nll is not None:
+        gap = nll - entropy
+        certain = varentropy == 0
+        z = gap / varentropy.masked_fill(certain, 1).sqrt()
+        z = torch.where(certain & ~gap.isnan(), 0, z)
+    return LogitStats(
+        entropy=entropy,
+        renyi2=renyi2,
+        varentropy=varentropy,
+        residual=renyi2 - entropy + varentropy / 2,
+        top1_probability=top1,
+        margin=top1 - second,
+        nll=nll,
+        calibration_gap=gap,
+        calibration_z=z,
+    )

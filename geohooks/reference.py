@@ -1,0 +1,205 @@
+"""Where base-model distributions come from: a base model in memory, or the same model with its adapter off."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from geohooks.anatomy import Anatomy
+from geohooks.backends.threads import silent
+from geohooks.call import Call
+from geohooks.errors import ReferenceMismatch
+from geohooks.events import RouterEvent
+from geohooks.registry import adapter_for
+from geohooks.sites import Site
+
+__all__ = ["Answer", "DisabledAdapter", "InMemory", "Reference", "as_reference", "unwrap"]
+
+_PADDING = 1024
+_DROPPED = frozenset({"labels", "past_key_values", "use_cache", "num_items_in_batch", "output_router_logits"})
+
+
+@attrs.frozen(eq=False)
+class Answer:
+    """What the base says of one call: its logits, and its routers' decisions by site."""
+
+    logits: Tensor
+    routing: Mapping[Site, RouterEvent]
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """Where the base's answer to a call comes from."""
+
+    def answer(self, call: Call) -> Answer:
+        """The base's logits and routing for the inputs of `call`, without gradient."""
+
+
+class InMemory:
+    """A base model in memory: `model` answers for the same inputs, in evaluation mode, with a cache of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        inner = unwrap(model)
+        self._anatomy = adapter_for(inner).anatomy(inner)
+        self._caches: weakref.WeakKeyDictionary[Any, _BaseCache] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+        if self._anatomy.logits is None:
+            raise ReferenceMismatch(f"{type(inner).__name__} has no head, so it gives no distribution to compare with")
+
+    @property
+    def outputs(self) -> int | None:
+        """How many outcomes the base's distribution is over."""
+        return self._anatomy.outputs
+
+    def answer(self, call: Call) -> Answer:
+        """The base's logits and routing for the inputs of `call`."""
+        inputs = {name: value for name, value in call.inputs.items() if name not in _DROPPED}
+        with self._lock, silent(), torch.no_grad(), _evaluating(self.model), self._base():
+            cache = self._cache_for(call)
+            if cache is not None:
+                inputs |= {"past_key_values": cache.own, "use_cache": True}
+            elif "use_cache" in call.inputs:
+                inputs["use_cache"] = False
+            with _heard_routers(self._anatomy, inputs) as routing:
+                output = self.model(**inputs)
+        logits = output if isinstance(output, Tensor) else output["logits"] if hasattr(output, "keys") else output[0]
+        return Answer(logits, routing)
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        yield
+
+    def _cache_for(self, call: Call) -> _BaseCache | None:
+        """The base's own cache that goes with the cache of `call`; None where the call fills none."""
+        theirs = call.inputs.get("past_key_values")
+        if theirs is None:
+            theirs = getattr(call.output, "past_key_values", None)
+        if theirs is None:
+            return None
+        found = self._caches.get(theirs)
+        if found is None:
+            found = self._caches[theirs] = _BaseCache(theirs)
+        found.check(call)
+        return found
+
+
+class DisabledAdapter(InMemory):
+    """The base of a PEFT model: the same model with its adapter off; exact logits, and no second model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if not hasattr(model, "disable_adapter"):
+            raise ReferenceMismatch(
+                f"{type(model).__name__} has no adapter to disable; give a PeftModel, or a base model as reference="
+            )
+        super().__init__(model)
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        with self.model.disable_adapter():  # type: ignore[operator]
+            yield
+
+
+class _BaseCache:
+    """The base's cache beside the model's: whatever reorders or crops the one does so to the other."""
+
+    def __init__(self, theirs: Any) -> None:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        pair = isinstance(theirs, EncoderDecoderCache)
+        self.own = EncoderDecoderCache(DynamicCache(), DynamicCache()) if pair else DynamicCache()
+        for name in ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices"):
+            if hasattr(theirs, name):
+                setattr(theirs, name, self._both(getattr(type(theirs), name), weakref.ref(theirs), name))
+
+    def _both(self, method: Any, theirs: Any, name: str) -> Any:
+        def both(*args: Any, **kwargs: Any) -> Any:
+            getattr(self.own, name)(*args, **kwargs)
+            return method(theirs(), *args, **kwargs)
+
+        return both
+
+    def check(self, call: Call) -> None:
+        have, want = self.own.get_seq_length(), int(call.past)
+        if have != want:
+            raise ReferenceMismatch(
+                f"the model's cache holds {want} tokens and the reference's {have}: the reference was not asked for every "
+                "call since the cache was empty; read call.reference in each call, or begin with an empty cache"
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _heard_routers(anatomy: Anatomy, inputs: Mapping[str, Any]) -> Iterator[dict[Site, RouterEvent]]:
+    """Inside, the decisions of every router of the base are kept."""
+    heard: dict[Site, RouterEvent] = {}
+    call = Call(anatomy, inputs)
+    with ExitStack() as stack:
+        for site in anatomy.sites:
+            if site.kind == "router":
+                stack.callback(_keep(anatomy, site, call, heard))
+        yield heard
+
+
+def _keep(anatomy: Anatomy, site: Site, call: Call, heard: dict[Site, RouterEvent]) -> Any:
+    block = anatomy.block(site)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        heard[site] = RouterEvent(site, call, anatomy.adapter, block, args[0], output, recomputing=False)
+
+    return anatomy.tap(site).module.register_forward_hook(hook).remove
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DDP's and PEFT's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def as_reference(reference: Any, model: nn.Module, anatomy: Anatomy) -> Reference | None:
+    """What the host was given as `reference`, made one: a base model, "disable_adapter", or a Reference itself."""
+    if reference is None:
+        return None
+    if reference == "disable_adapter":
+        made: Reference = DisabledAdapter(model)
+    elif isinstance(reference, nn.Module):
+        made = InMemory(reference)
+    elif isinstance(reference, Reference):
+        made = reference
+    else:
+        raise ReferenceMismatch(
+            f"reference={reference!r} is none of: a base model, 'disable_adapter', an object with answer(call)"
+        )
+    outputs = getattr(made, "outputs", None)
+    if outputs and anatomy.outputs and abs(outputs - anatomy.outputs) > _PADDING:
+        raise ReferenceMismatch(
+            f"the reference has {outputs} outputs and {type(anatomy.model).__name__} has {anatomy.outputs}: these are "
+            "different vocabularies; only ones that differ by padding or added tokens can be compared"
+        )
+    return made

@@ -1,0 +1,149 @@
+"""The plugins of one host, their validation, and the implementations that hear each hook."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import pluggy
+
+from geohooks.anatomy import Anatomy
+from geohooks.errors import PluginError
+from geohooks.hookspecs import PluginSpecs
+from geohooks.sites import ATTENTION_KINDS, HIDDEN_KINDS, Site
+
+__all__ = ["EVENT_HOOKS", "Listener", "Plugin", "Roster", "hook_of"]
+
+EVENT_HOOKS = ("on_hidden", "on_router", "on_attention", "on_logits")
+_HOOK_OF_KIND = {
+    **dict.fromkeys(HIDDEN_KINDS, "on_hidden"),
+    **dict.fromkeys(ATTENTION_KINDS, "on_attention"),
+    "router": "on_router",
+    "logits": "on_logits",
+}
+_HOOKS = frozenset(name for name in vars(PluginSpecs) if not name.startswith("_"))
+
+
+class Plugin:
+    """Optional base class of plugins: `name` and `description` as class or instance attributes."""
+
+    name: ClassVar[str] | str = ""
+    description: ClassVar[str] | str = ""
+
+
+class Listener(NamedTuple):
+    """One implementation of a hook, bound once: the plugin's name and what to call with the event."""
+
+    plugin: str
+    function: Callable[[Any], Any]
+
+
+def hook_of(site: Site) -> str:
+    """The name of the hook that hears `site`."""
+    return _HOOK_OF_KIND[site.kind]
+
+
+class _Registered:
+    """What pluggy sees of a plugin: its marked methods and nothing else, compared by identity."""
+
+    def __init__(self, plugin: object) -> None:
+        for name, function in _marked(plugin):
+            setattr(self, name, function)
+
+
+class Roster:
+    """Plugins by name, in order; pluggy registers, validates and orders them."""
+
+    def __init__(self, plugins: dict[str, Any]) -> None:
+        self.plugins = plugins
+        self._manager = pluggy.PluginManager("geohooks")
+        self._manager.add_hookspecs(PluginSpecs)
+        # pluggy calls the last registered first; plugins run in the order of the list.
+        self._registered = {name: _Registered(plugin) for name, plugin in reversed(plugins.items())}
+        for name, registered in self._registered.items():
+            try:
+                self._manager.register(registered, name)
+            except pluggy.PluginValidationError as error:
+                raise PluginError(f"plugin '{name}': {error}; the hooks are in geohooks/hookspecs.py") from error
+
+    def implements(self, name: str, hook: str) -> bool:
+        """Whether the plugin called `name` implements `hook`."""
+        return hasattr(self._registered[name], hook)
+
+    def hears(self, name: str, anatomy: Anatomy) -> frozenset[Site]:
+        """The sites that the plugin called `name` hears: what its `sites` says, else all of its hooks' kinds."""
+        if not self.implements(name, "sites"):
+            return frozenset(site for site in anatomy.sites if self.implements(name, hook_of(site)))
+        wanted = _call(self._registered[name].sites, anatomy)  # type: ignore[attr-defined]
+        if wanted is None:
+            raise PluginError(f"plugin '{name}': sites(anatomy) returned None; return a list of selectors, [] for none")
+        sites = anatomy.select(wanted)
+        for site in sites:
+            if not self.implements(name, hook_of(site)):
+                raise PluginError(
+                    f"plugin '{name}' asks for '{site}' but does not implement {hook_of(site)}, which hears it"
+                )
+        return frozenset(sites)
+
+    def chooses_sites(self, name: str) -> bool:
+        """Whether the plugin says which sites it hears; only then may it edit."""
+        return self.implements(name, "sites")
+
+    def listeners(self, hook: str, names: Iterable[str] | None = None) -> tuple[Listener, ...]:
+        """The implementations of `hook` by the plugins `names` (all by default), in order, bound for direct calls.
+
+        Where one of them is a pluggy wrapper, pluggy's own call stands for all of them.
+        """
+        chosen = set(self.plugins if names is None else names)
+        caller = getattr(self._manager.hook, hook)
+        found = [one for one in reversed(caller.get_hookimpls()) if one.plugin_name in chosen]
+        if any(one.wrapper or one.hookwrapper for one in found):
+            left_out = [self._registered[name] for name in self.plugins if name not in chosen]
+            through = self._manager.subset_hook_caller(hook, left_out)
+            argument = "call" if "call" in caller.spec.argnames else caller.spec.argnames[0]
+            wrappers = next(one.plugin_name for one in found if one.wrapper or one.hookwrapper)
+            return (Listener(wrappers, lambda value: through(**{argument: value})),)
+        return tuple(Listener(one.plugin_name, _direct(one)) for one in found)
+
+    def all_hooks(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Each plugin's name and the hooks that it implements."""
+        for name in self.plugins:
+            yield name, tuple(sorted(vars(self._registered[name])))
+
+
+def _direct(implementation: pluggy.HookImpl) -> Callable[[Any], Any]:
+    function = implementation.function
+    if implementation.argnames or implementation.kwargnames:
+        return function
+    return lambda _: function()
+
+
+def _call(function: Callable[..., Any], argument: object) -> Any:
+    return function(argument) if inspect.signature(function).parameters else function()
+
+
+def _marked(plugin: object) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The methods of `plugin` marked with `hookimpl`, bound; properties are not run."""
+    probe = pluggy.PluginManager("geohooks")
+    who = getattr(plugin, "name", None) or type(plugin).__name__
+    for name in dir(plugin):
+        if name.startswith("__"):
+            continue
+        options = probe.parse_hookimpl_opts(plugin, name)
+        if options is not None:
+            hook = options.get("specname") or name
+            if hook not in _HOOKS:
+                raise PluginError(_misspelt(str(who), hook))
+            yield name, getattr(plugin, name)
+        elif name in _HOOKS and name.startswith("on_") and callable(inspect.getattr_static(plugin, name)):
+            raise PluginError(f"plugin '{who}': method {name} is not marked; put @geohooks.hookimpl above it")
+
+
+def _misspelt(plugin: str, hook: str) -> str:
+    nearest = difflib.get_close_matches(hook, _HOOKS, n=1)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"the hooks are {', '.join(sorted(_HOOKS))}"
+    return f"plugin '{plugin}': there is no hook '{hook}'; {hint}"
+
+

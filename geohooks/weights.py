@@ -1,0 +1,159 @@
+"""Linear maps of a model as matrices: plain, transposed, wrapped, offloaded or quantised ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from geohooks.errors import AdapterError
+
+__all__ = ["LinearMap", "applied_to_identity", "expert_parameter", "linear_map", "present", "unwrapped"]
+
+
+@attrs.frozen(eq=False)
+class LinearMap:
+    """`x -> weight x + bias`, with `weight` `[out, in]` and `bias` `[out]` or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def rows(self, index: Any) -> LinearMap:
+        """The map to some of the outputs: a slice, or a tensor of indices."""
+        return LinearMap(self.weight[index], None if self.bias is None else self.bias[index])
+
+    def after(self, inner: LinearMap, gain: Tensor) -> LinearMap:
+        """This map of `gain * inner(x)`, composed in the computing dtype (float32, or double for doubles)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        scaled = self.weight.to(dtype) * gain.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if inner.bias is not None:
+            carried = scaled @ inner.bias.to(dtype)
+            bias = carried if bias is None else bias + carried
+        return LinearMap(scaled @ inner.weight.to(dtype), bias)
+
+
+def linear_map(module: nn.Module) -> LinearMap:
+    """What `module` does to a vector, as a matrix.
+
+    A plain linear layer gives its own parameters, transposed where its class stores them so, without a copy and with
+    their gradients. Anything else (PEFT's layers, offloaded or quantised ones) is applied to the identity matrix, in
+    evaluation mode and without gradients; an `AdapterError` names what is not linear or has no weights to apply.
+    """
+    if "forward" not in vars(module) and type(module).forward is nn.Linear.forward:
+        return LinearMap(_real(module, module.weight), module.bias)
+    if "forward" not in vars(module) and type(module).__name__ == "Conv1D":
+        return LinearMap(_real(module, module.weight).T, module.bias)
+    if callable(weight := getattr(module, "weight", None)) and hasattr(weight(), "dequantize"):
+        return LinearMap(weight().dequantize(), module.bias())
+    size = getattr(module, "in_features", None)
+    if size is None:
+        raise AdapterError(
+            f"{type(module).__name__} does not say how many numbers it reads (in_features), so its matrix can't be found "
+            "by applying it to the identity; override `linear` in the adapter"
+        )
+    return applied_to_identity(module, size, module.forward)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that runs inside PEFT's wrappers around it."""
+    if hasattr(module, "get_base_layer"):
+        return module.get_base_layer()
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        active = [] if module.disable_adapters else module.active_adapters
+        return module.modules_to_save[active[0]] if active else module.original_module
+    return module
+
+
+@contextlib.contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """While it lasts, the parameters that `module` itself holds are on a device, also where accelerate offloads them."""
+    if any(weight.is_meta for weight in module.parameters(recurse=False)):
+        if not hasattr(module, "_hf_hook"):
+            raise _without_weights(module)
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            yield
+    else:
+        yield
+
+
+def expert_parameter(module: nn.Module, name: str, expert: int) -> Tensor:
+    """One expert's slice of the three-dimensional parameter `name`, with what PEFT adds to it."""
+    added: list[Tensor] = []
+    while hasattr(module, "parameter_name"):
+        if module.parameter_name == name and not module.disable_adapters and not module.merged:
+            added += [
+                module.get_delta_weight(adapter)[expert]
+                for adapter in module.active_adapters
+                if adapter in module.lora_A
+            ]
+        module = module.base_layer
+    module = unwrapped(module)
+    with present(module):
+        weight = getattr(module, name)[expert]
+    return sum(added, weight)
+
+
+def _real(module: nn.Module, weight: Tensor) -> Tensor:
+    if weight.is_meta:
+        raise _without_weights(module)
+    return weight
+
+
+def _without_weights(module: nn.Module) -> AdapterError:
+    return AdapterError(
+        f"{type(module).__name__} has its weights on the meta device and no accelerate hook that would bring them; "
+        "load the model's weights, then ask for them"
+    )
+
+
+def applied_to_identity(module: nn.Module, size: int, forward: Callable[[Tensor], Tensor]) -> LinearMap:
+    """The matrix of `forward`, a function of `module` that reads `size` numbers.
+
+    In one call the zero vector gives the bias, the unit vectors the columns, and one more vector shows whether what
+    the module does to it is the sum of these: if not, an `AdapterError`.
+    """
+    device, dtype = _place(module)
+    probe = torch.cos(torch.arange(size, device=device, dtype=torch.float32)).to(dtype)
+    rows = torch.eye(size + 1, size, device=device, dtype=dtype).roll(1, 0)
+    with _evaluating(module), torch.no_grad():
+        output = forward(torch.cat([rows, probe[None]]))
+    bias, columns, seen = output[0], output[1:-1], output[-1]
+    weight = (columns - bias).T.contiguous()
+    expected = weight @ probe.to(weight.dtype) + bias
+    tolerance = max(1e-4, 8 * torch.finfo(dtype).eps)
+    if not bool((seen - expected).norm() <= tolerance * (expected.norm() + bias.norm())):
+        raise AdapterError(
+            f"{type(module).__name__} is not a linear map: what it does to a vector differs from the sum of what it does "
+            f"to its parts by more than {tolerance:g} (quantised activations do that); load it in a plain dtype"
+        )
+    return LinearMap(weight, bias if bool(bias.any()) else None)
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in what numbers `module` computes."""
+    hooks = [inner._hf_hook for inner in module.modules() if hasattr(inner, "_hf_hook")]
+    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+    devices = [weight.device for weight in weights if not weight.is_meta]
+    devices += [torch.device(hook.execution_device) for hook in hooks if hasattr(hook, "execution_device")]
+    if not devices or (any(weight.is_meta for weight in weights) and not hooks):
+        raise _without_weights(module)
+    return devices[0], weights[0].dtype
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [inner for inner in module.modules() if inner.training]
+    for inner in training:
+        inner.training = False
+    try:
+        yield
+    finally:
+        for inner in training:
+            inner.training = True
