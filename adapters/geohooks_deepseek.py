@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from geohooks.adapter import Adapter
+from geohooks.adapter import Adapter, Names
 from geohooks.anatomy import Block
 from geohooks.discovery import model_type
 from geohooks.markers import hookimpl
@@ -17,14 +19,15 @@ FAMILIES = ("deepseek_v2", "deepseek_v3")
 
 
 class DeepSeek(Adapter):
-    """Queries, keys and values are read from normed latents, except the part of the keys that carries position.
+    """Queries, keys and values are read from normed latents, except the keys' part with position.
 
-    A latent's norm divides each token by its own root mean square: the composed maps of `q`, `k` and `v` leave that
-    positive scalar out. Where queries have no latent, `q` is exact; `k_position`, shared by all heads, always is.
+    A latent's norm divides each token by its own root mean square: the composed maps of `q`, `k` and `v`
+    leave that positive scalar out. Where queries have no latent `q` is exact; `k_position`, which all heads
+    share, is.
     """
 
     name = "deepseek"
-    attention_projections = {
+    attention_projections: ClassVar[Names] = {
         "q": ("q_b_proj", "q_proj"),
         "k": ("kv_b_proj",),
         "k_position": ("kv_a_proj_with_mqa",),
@@ -34,7 +37,7 @@ class DeepSeek(Adapter):
 
     def linear(self, block: Block, role: str) -> LinearMap:
         """The map of `role`, composed where it passes a latent."""
-        attention = self.find_attention(block.module)[0]
+        attention: Any = self.find_attention(block.module)[0]
         if role == "q" and attention.q_lora_rank is not None:
             latent = linear_map(attention.q_a_proj)
             return linear_map(attention.q_b_proj).after(latent, _gain(attention.q_a_layernorm))
@@ -47,14 +50,14 @@ class DeepSeek(Adapter):
         return super().linear(block, role)
 
 
-def _rows(attention: nn.Module, role: str) -> Tensor:
+def _rows(attention: Any, role: str) -> Tensor:
     """The outputs of `kv_b_proj` that are keys, or values: each head has its keys first, then its values."""
     keys, values = attention.qk_nope_head_dim, attention.v_head_dim
     rows = torch.arange(attention.num_heads * (keys + values)).reshape(attention.num_heads, keys + values)
     return (rows[:, :keys] if role == "k" else rows[:, keys:]).flatten()
 
 
-def _gain(norm: nn.Module) -> Tensor:
+def _gain(norm: Any) -> Tensor:
     with present(norm):
         return norm.weight.clone()
 

@@ -14,7 +14,7 @@ FAMILIES = ("llama", "mistral")
 
 
 class Llama(Adapter):
-    """Pre-norm decoder with rotary positions, grouped queries and a gated feed-forward layer: the default shape."""
+    """Pre-norm decoder with rotary positions, grouped queries and a gated mlp: the default shape."""
 
     name = "llama"
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geohooks.adapter import Adapter
+from geohooks.adapter import Adapter, Names
 from geohooks.discovery import model_type
 from geohooks.markers import hookimpl
 
@@ -18,14 +18,14 @@ FAMILIES = ("t5",)
 
 
 class T5(Adapter):
-    """A block is a list of sublayers, each of which adds its own output to the stream; version 1.1 has a gate."""
+    """A block is a list of sublayers, each of which adds its own output to the stream."""
 
     name = "t5"
     final_norm = "final_layer_norm"
-    attention_projections = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",)}
-    mlp_projections = {"gate": ("wi_0",), "up": ("wi_1", "wi"), "down": ("wo",)}
+    attention_projections: ClassVar[Names] = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",)}
+    mlp_projections: ClassVar[Names] = {"gate": ("wi_0",), "up": ("wi_1", "wi"), "down": ("wo",)}
 
-    def find_mlp(self, layer: nn.Module) -> nn.Module | None:
+    def find_mlp(self, layer: Any) -> nn.Module | None:
         """The feed-forward layer, without the norm, dropout and sum of the sublayer around it."""
         return layer.layer[-1].DenseReluDense
 

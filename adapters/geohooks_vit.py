@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
-from geohooks.adapter import Adapter
+from geohooks.adapter import Adapter, Names
 from geohooks.discovery import model_type
 from geohooks.markers import hookimpl
 
@@ -14,12 +16,12 @@ FAMILIES = ("vit",)
 
 
 class ViT(Adapter):
-    """Positions are patches of an image, with a class token before them; the feed-forward layer has no gate."""
+    """Positions are patches of an image, with a class token before them; there is no gate."""
 
     name = "vit"
     embedding = "embeddings"
     final_norm = "layernorm"
-    mlp_projections = {"up": ("fc1",), "down": ("fc2",)}
+    mlp_projections: ClassVar[Names] = {"up": ("fc1",), "down": ("fc2",)}
 
 
 @hookimpl

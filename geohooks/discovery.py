@@ -1,4 +1,4 @@
-"""Finding the parts of a model by what transformers declares and by what modules are, not by their names."""
+"""Finding the parts of a model by what transformers declares and by what modules are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ __all__ = [
     "first_of",
     "mixture_of_experts",
     "model_type",
+    "runner_of",
     "stack_name",
+    "stack_named",
 ]
 
 _STACK_NAMES = {
@@ -28,6 +30,7 @@ _STACK_NAMES = {
     "vision": "vision",
     "visual": "vision",
     "text": "text",
+    "language": "decoder",
 }
 
 
@@ -37,9 +40,10 @@ def model_type(model: nn.Module) -> str | None:
 
 
 def declared(model: nn.Module, kind: str) -> tuple[type[nn.Module], ...]:
-    """The classes whose outputs transformers records as `kind` ("hidden_states", "attentions", "router_logits").
+    """The classes whose outputs transformers records as `kind`: "hidden_states", "router_logits", ...
 
-    Read from the `_can_record_outputs` of the model and of every model inside it; empty where nothing is declared.
+    Read from the `_can_record_outputs` of the model and of every model inside it; empty where nothing is
+    declared.
     """
     classes: dict[type[nn.Module], None] = {}
     for module in model.modules():
@@ -52,7 +56,7 @@ def declared(model: nn.Module, kind: str) -> tuple[type[nn.Module], ...]:
 
 
 def declared_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The layers whose outputs transformers records as hidden states, by the path of what holds each list of them."""
+    """The layers whose hidden states transformers records, by the path of what holds each list of them."""
     classes = declared(model, "hidden_states")
     lists: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():
@@ -61,8 +65,15 @@ def declared_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
     return lists
 
 
+def runner_of(model: nn.Module, path: str) -> nn.Module:
+    """The module whose forward pass runs the layers that are held at `path`."""
+    holder = model.get_submodule(path)
+    is_container = isinstance(holder, (nn.ModuleList, nn.ModuleDict))
+    return model.get_submodule(path.rpartition(".")[0]) if is_container else holder
+
+
 def stack_name(model: nn.Module, path: str, layer: nn.Module) -> str:
-    """What the stack whose layers lie at `path` is called: by its path, else by what it reads and how it attends.
+    """What the stack whose layers lie at `path` is called: by its path, else by how it attends.
 
     A model of images alone has one stack, `vision`, whatever its path says.
     """
@@ -71,7 +82,7 @@ def stack_name(model: nn.Module, path: str, layer: nn.Module) -> str:
     if named := stack_named(path):
         return named
     causal = any(getattr(module, "is_causal", False) for module in layer.modules())
-    return "decoder" if causal else "encoder"
+    return "decoder" if causal or type(model).__name__.endswith("ForCausalLM") else "encoder"
 
 
 def stack_named(path: str) -> str | None:
@@ -84,7 +95,7 @@ def stack_named(path: str) -> str | None:
 
 
 @cache
-def calls_attention_interface(cls: type[nn.Module]) -> bool:
+def calls_attention_interface(cls: Any) -> bool:
     """Whether the forward pass of `cls` looks its attention function up in transformers' interface."""
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
@@ -98,17 +109,21 @@ def attention_modules(layer: nn.Module) -> tuple[nn.Module | None, nn.Module | N
 
 
 def mixture_of_experts(layer: nn.Module, routers: tuple[type[nn.Module], ...]) -> Experts | None:
-    """The mixture in `layer`: beside a router of one of the classes, what holds three-dimensional weights."""
+    """The mixture in `layer`: what holds three-dimensional weights, and the router beside it.
+
+    The router is of one of the classes `routers`, or, where none is declared, what says its `top_k`.
+    """
     for mixture in layer.modules():
         children = list(mixture.children())
-        router = next((child for child in children if isinstance(unwrapped(child), routers)), None)
         module = next((child for child in children if _holds_experts(unwrapped(child))), None)
+        router = next((child for child in children if _routes(unwrapped(child), routers)), None)
         if router is not None and module is not None:
+            held: Any = unwrapped(module)
             return Experts(
                 router=router,
                 module=module,
-                count=int(unwrapped(module).num_experts),
-                chosen=int(unwrapped(router).top_k),
+                count=int(held.num_experts),
+                chosen=int(first_of(unwrapped(router), ("top_k",))),
                 shared=first_of(mixture, ("shared_expert", "shared_experts")),
                 shared_gate=first_of(mixture, ("shared_expert_gate",)),
             )
@@ -127,6 +142,9 @@ def _attribute(owner: Any, name: str) -> Any:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    return hasattr(module, "num_experts") and any(
-        weight.dim() == 3 for weight in module.parameters(recurse=False)
-    )
+    holds = any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+    return holds and hasattr(module, "num_experts")
+
+
+def _routes(module: nn.Module, routers: tuple[type[nn.Module], ...]) -> bool:
+    return isinstance(module, routers) if routers else hasattr(module, "top_k")

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import attrs
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from geohooks.adapter import Adapter
 from geohooks.backends.compiled_graphs import forget_compiled_graphs
@@ -101,7 +100,7 @@ class Host:
             raise PluginError(f"no plugin '{name}' on this host; it has: {', '.join(self._roster.plugins) or 'none'}")
         return self._roster.plugins[name]
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Host:
         return self
 
     def __exit__(

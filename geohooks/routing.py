@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from geohooks.errors import AdapterError
 
-__all__ = ["RouterOutput", "RouterRun", "read_output", "run_router"]
+__all__ = ["RouterOutput", "RouterRun", "read_output", "router_width", "run_router"]
 
-# Of each function: which argument is the input, which the weight, and which of the weight's dimensions is the output.
+# Of each function: which argument is the input, which the weight, which dimension of the weight the output.
 _PRODUCTS = {
     "linear": (0, 1, 0),
     "matmul": (0, 1, -1),
@@ -35,7 +35,7 @@ class RouterOutput:
 
 
 def read_output(router: nn.Module, output: Any, experts: int) -> RouterOutput:
-    """The parts of a router's `output`, told apart by dtype and size; an `AdapterError` for any other output."""
+    """The parts of a router's `output`, told apart by dtype and size; others are an `AdapterError`."""
     tensors = (
         [item for item in output if isinstance(item, Tensor)] if isinstance(output, (tuple, list)) else []
     )
@@ -46,35 +46,49 @@ def read_output(router: nn.Module, output: Any, experts: int) -> RouterOutput:
         if logits.shape[-1] == experts and weights.shape == indices[0].shape:
             return RouterOutput(logits, indices[0], weights)
     raise AdapterError(
-        f"{type(router).__name__} returned {_described(output)}; looked for logits over {experts} experts, the weights of "
-        "the chosen ones and their indices, in a tuple; override `routing` in the adapter"
+        f"{type(router).__name__} returned {_described(output)}; looked for a tuple of logits over "
+        f"{experts} experts, the weights of the chosen ones and their indices; override `routing` in the "
+        "adapter"
     )
 
 
 def run_router(router: nn.Module, hidden: Tensor, run: RouterRun, *arguments: Any) -> Any:
-    """The output of `router` for `hidden` had its logits been those of `run`, which watches; no hook of it is called.
+    """The output of `router` for `hidden` had its logits been those of `run`, which watches.
 
-    The router's own forward pass runs; only its first linear product onto the experts is replaced.
+    The router's own forward pass runs, without its hooks; only its first linear product onto the experts is
+    replaced.
     """
     with run:
         output = router.forward(hidden, *arguments)
     if not run.replaced:
         raise AdapterError(
-            f"{type(router).__name__} makes no linear product onto {run.experts} experts that other logits could take "
-            "the place of; override `route` and `scores` in the adapter"
+            f"{type(router).__name__} makes no linear product onto {run.experts} experts that other logits "
+            "could take the place of; override `route` and `scores` in the adapter"
         )
     return output
+
+
+def router_width(router: nn.Module, experts: int) -> int:
+    """How many numbers `router` reads; the shape of its weight says so, wherever the weight is."""
+    weights = [weight for weight in router.parameters() if weight.dim() == 2 and weight.shape[0] == experts]
+    if not weights:
+        raise AdapterError(
+            f"{type(router).__name__} has no weight of [{experts} experts, width]; "
+            "override `linear`, `scores` and `probabilities` in the adapter"
+        )
+    return weights[0].shape[1]
 
 
 class RouterRun(TorchFunctionMode):
     """While entered, replaces the first linear product onto the experts and watches how the choice is made.
 
-    `scores` is what the last choice over all experts was made on, `affinities` what the router made of its logits
-    before it chose; None as long as they were not seen. With `ineligible`, experts that the router masks out get that
-    score whatever the router masks with (some use 0, which other experts may have too).
+    `scores` is what the last choice over all experts was made on, `affinities` what the router made of its
+    logits before it chose; None as long as they were not seen. With `ineligible`, experts that the router
+    masks out get that score whatever it masks with (some use 0, which other experts may have too).
     """
 
     def __init__(self, logits: Tensor, experts: int, *, ineligible: float | None = None) -> None:
+        """A run on `logits` `[tokens, experts]`."""
         super().__init__()
         self.logits = logits
         self.experts = experts

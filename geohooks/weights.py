@@ -40,38 +40,41 @@ class LinearMap:
 def linear_map(module: nn.Module) -> LinearMap:
     """What `module` does to a vector, as a matrix.
 
-    A plain linear layer gives its own parameters, transposed where its class stores them so, without a copy and with
-    their gradients. Anything else (PEFT's layers, offloaded or quantised ones) is applied to the identity matrix, in
-    evaluation mode and without gradients; an `AdapterError` names what is not linear or has no weights to apply.
+    A plain linear layer gives its own parameters, transposed where its class stores them so, without a copy
+    and with their gradients. Anything else (PEFT's layers, offloaded ones) is applied to the identity
+    matrix, in evaluation mode and without gradients. An `AdapterError` names what is not linear, or has no
+    weights.
     """
+    plain: Any = module
     if "forward" not in vars(module) and type(module).forward is nn.Linear.forward:
-        return LinearMap(_real(module, module.weight), module.bias)
+        return LinearMap(_real(module, plain.weight), plain.bias)
     if "forward" not in vars(module) and type(module).__name__ == "Conv1D":
-        return LinearMap(_real(module, module.weight).T, module.bias)
-    if callable(weight := getattr(module, "weight", None)) and hasattr(weight(), "dequantize"):
-        return LinearMap(weight().dequantize(), module.bias())
+        return LinearMap(_real(module, plain.weight).T, plain.bias)
+    if isinstance(module, torch.ao.nn.quantized.Linear):
+        return LinearMap(plain.weight().dequantize(), plain.bias())
     size = getattr(module, "in_features", None)
     if size is None:
         raise AdapterError(
-            f"{type(module).__name__} does not say how many numbers it reads (in_features), so its matrix can't be found "
-            "by applying it to the identity; override `linear` in the adapter"
+            f"{type(module).__name__} does not say how many numbers it reads (in_features), so its matrix "
+            "can't be found by applying it to the identity; override `linear` in the adapter"
         )
     return applied_to_identity(module, size, module.forward)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that runs inside PEFT's wrappers around it."""
-    if hasattr(module, "get_base_layer"):
-        return module.get_base_layer()
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        active = [] if module.disable_adapters else module.active_adapters
-        return module.modules_to_save[active[0]] if active else module.original_module
+    wrapper: Any = module
+    if hasattr(wrapper, "get_base_layer"):
+        return wrapper.get_base_layer()
+    if hasattr(wrapper, "modules_to_save") and hasattr(wrapper, "original_module"):
+        active = [] if wrapper.disable_adapters else wrapper.active_adapters
+        return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
     return module
 
 
 @contextlib.contextmanager
 def present(module: nn.Module) -> Iterator[None]:
-    """While it lasts, the parameters that `module` itself holds are on a device, also where accelerate offloads them."""
+    """While it lasts, the parameters that `module` itself holds are there, even if accelerate offloads them."""
     if any(weight.is_meta for weight in module.parameters(recurse=False)):
         if not hasattr(module, "_hf_hook"):
             raise _without_weights(module)
@@ -83,21 +86,37 @@ def present(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def expert_parameter(module: nn.Module, name: str, expert: int) -> Tensor:
-    """One expert's slice of the three-dimensional parameter `name`, with what PEFT adds to it."""
+def expert_parameter(module: nn.Module, expert: int, role: str) -> Tensor:
+    """`[out, in]` for `gate`, `up` or `down` of one expert, out of fused three-dimensional parameters.
+
+    transformers says on the experts' module how they lie: whether there is a gate, whether matrices are
+    stored `[in, out]`, and whether gate and up are halves or alternate.
+    """
+    held = unwrapped(module)
+    gated = getattr(held, "has_gate", True)
+    if role not in ("gate", "up", "down") or (role == "gate" and not gated):
+        has = "gate, up and down" if gated else "up and down"
+        raise AdapterError(f"experts of {type(held).__name__} have no weight '{role}'; they have {has}")
+    fused = gated and role != "down"
+    weight = _expert_slice(module, "gate_up_proj" if fused else f"{role}_proj", expert)
+    weight = weight.T if getattr(held, "is_transposed", False) else weight
+    if not fused:
+        return weight
+    halves = weight.chunk(2) if getattr(held, "is_concatenated", True) else (weight[::2], weight[1::2])
+    return halves[role == "up"]
+
+
+def _expert_slice(module: Any, name: str, expert: int) -> Tensor:
+    """One expert's part of the parameter `name`, with what PEFT's wrappers around it add."""
     added: list[Tensor] = []
     while hasattr(module, "parameter_name"):
         if module.parameter_name == name and not module.disable_adapters and not module.merged:
-            added += [
-                module.get_delta_weight(adapter)[expert]
-                for adapter in module.active_adapters
-                if adapter in module.lora_A
-            ]
+            active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+            added += [module.get_delta_weight(adapter)[expert] for adapter in active]
         module = module.base_layer
-    module = unwrapped(module)
-    with present(module):
-        weight = getattr(module, name)[expert]
-    return sum(added, weight)
+    held: Any = unwrapped(module)
+    with present(held):
+        return sum(added, getattr(held, name)[expert])
 
 
 def _real(module: nn.Module, weight: Tensor) -> Tensor:
@@ -108,16 +127,16 @@ def _real(module: nn.Module, weight: Tensor) -> Tensor:
 
 def _without_weights(module: nn.Module) -> AdapterError:
     return AdapterError(
-        f"{type(module).__name__} has its weights on the meta device and no accelerate hook that would bring them; "
-        "load the model's weights, then ask for them"
+        f"{type(module).__name__} has its weights on the meta device and no accelerate hook that would bring "
+        "them; load the model's weights, then ask for them"
     )
 
 
 def applied_to_identity(module: nn.Module, size: int, forward: Callable[[Tensor], Tensor]) -> LinearMap:
     """The matrix of `forward`, a function of `module` that reads `size` numbers.
 
-    In one call the zero vector gives the bias, the unit vectors the columns, and one more vector shows whether what
-    the module does to it is the sum of these: if not, an `AdapterError`.
+    In one call the zero vector gives the bias, the unit vectors the columns, and one more vector shows
+    whether what the module does to it is the sum of these: if not, an `AdapterError`.
     """
     device, dtype = _place(module)
     probe = torch.cos(torch.arange(size, device=device, dtype=torch.float32)).to(dtype)
@@ -130,15 +149,16 @@ def applied_to_identity(module: nn.Module, size: int, forward: Callable[[Tensor]
     tolerance = max(1e-4, 8 * torch.finfo(dtype).eps)
     if not bool((seen - expected).norm() <= tolerance * (expected.norm() + bias.norm())):
         raise AdapterError(
-            f"{type(module).__name__} is not a linear map: what it does to a vector differs from the sum of what it does "
-            f"to its parts by more than {tolerance:g} (quantised activations do that); load it in a plain dtype"
+            f"{type(module).__name__} is not a linear map: what it does to a vector differs from the sum of "
+            f"what it does to its parts by more than {tolerance:g} (quantised activations do that); load it "
+            "in a plain dtype"
         )
     return LinearMap(weight, bias if bool(bias.any()) else None)
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where and in what numbers `module` computes."""
-    hooks = [inner._hf_hook for inner in module.modules() if hasattr(inner, "_hf_hook")]
+    hooks: list[Any] = [inner._hf_hook for inner in module.modules() if hasattr(inner, "_hf_hook")]
     weights = [weight for weight in module.parameters() if weight.is_floating_point()]
     devices = [weight.device for weight in weights if not weight.is_meta]
     devices += [torch.device(hook.execution_device) for hook in hooks if hasattr(hook, "execution_device")]

@@ -27,10 +27,8 @@ class _Frame:
         self.ran = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.ran:
-            self.ran = True
-            return self.function(*args, **kwargs)
-        with self.current.resume(self.call, recomputing=True):
+        recomputing, self.ran = self.ran, True
+        with self.current.checkpoint(self.call, recomputing=recomputing):
             return self.function(*args, **kwargs)
 
 

@@ -17,6 +17,7 @@ class Current(threading.local):
 
     call: Call | None = None
     paused: int = 0
+    checkpointed: bool = False
     recomputing: bool = False
     generation: Generation | None = None
 
@@ -36,14 +37,14 @@ class Current(threading.local):
             self.call = call
 
     @contextmanager
-    def resume(self, call: Call, *, recomputing: bool) -> Iterator[None]:
-        """Inside, events belong to `call`, also in another thread than the one that it began in."""
-        before = self.call, self.recomputing
-        self.call, self.recomputing = call, recomputing
+    def checkpoint(self, call: Call, *, recomputing: bool) -> Iterator[None]:
+        """Inside, events are under a checkpoint and belong to `call`, also in another thread than it began in."""
+        before = self.call, self.checkpointed, self.recomputing
+        self.call, self.checkpointed, self.recomputing = call, True, recomputing
         try:
             yield
         finally:
-            self.call, self.recomputing = before
+            self.call, self.checkpointed, self.recomputing = before
 
 
 _live: weakref.WeakSet[Current] = weakref.WeakSet()

@@ -144,11 +144,11 @@ class TorchHooks:
 
     def _emit(self, index: int, listeners: Listeners, event: Any) -> None:
         """Give `event` to its listeners in order; what the first pass of a checkpoint edited is edited again."""
-        call = event.call
-        if event.recomputing:
-            listeners = tuple(one for one in listeners if (event.site, one.plugin) in call.progress.edits)
-        elif call.progress.plan is self:
-            call.progress.fired[index] = 1
+        progress = event.call.progress
+        if progress.plan is self:
+            progress.fired[index] = 1
+        if self.current.checkpointed:
+            listeners = _under_checkpoint(listeners, event)
         for listener in listeners:
             before = event.value
             try:
@@ -157,7 +157,7 @@ class TorchHooks:
                 if not self.host.drops_faulty:
                     raise
                 event.value = before
-                self.host.fault(listener.plugin, event.site, call, error)
+                self.host.fault(listener.plugin, event.site, event.call, error)
                 continue
             if event.value is not before:
                 self._edited(listener, event, before)
@@ -283,6 +283,28 @@ class TorchHooks:
                 "does not know its loss; call the model without labels and compute the loss from the logits"
             )
         return new - old
+
+
+def _under_checkpoint(listeners: Listeners, event: Any) -> Listeners:
+    """Who hears an event inside a checkpoint: all in the first pass, in the recompute those who edited in the first.
+
+    What they save for the backward pass is theirs: a checkpoint may count only what the model saves.
+    """
+    if event.recomputing:
+        listeners = tuple(one for one in listeners if (event.site, one.plugin) in event.call.progress.edits)
+    return tuple(Listener(one.plugin, _saving_apart(one.function)) for one in listeners)
+
+
+def _saving_apart(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apart(event: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            return function(event)
+
+    return apart
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _given(inputs: Mapping[str, Any]) -> Iterator[str]:

@@ -143,9 +143,10 @@ def _stats(statistics: tuple[Tensor | None, ...], leading: torch.Size) -> LogitS
     gap = z = None
     if nll is not None:
         gap = nll - entropy
-        certain = varentropy == 0
-        z = gap / varentropy.masked_fill(certain, 1).sqrt()
-        z = torch.where(certain & ~gap.isnan(), 0, z)
+        unknown = gap.isnan()
+        settled = unknown | (varentropy == 0)
+        z = gap.masked_fill(settled, 0) / varentropy.masked_fill(settled, 1).sqrt()
+        z = z.masked_fill(unknown, torch.nan)
     return LogitStats(
         entropy=entropy,
         renyi2=renyi2,

@@ -11,11 +11,14 @@ import math
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from geohooks.measures.row_chunks import computing_dtype, matrices, rows_at_once
 
-__all__ = ["Divergences", "Moments", "pair_moments", "row_moments"]
+__all__ = ["Divergences", "Moments", "pair_moments", "row_moments", "top_two"]
+
+_BLOCK = 256
 
 
 @attrs.frozen(eq=False)
@@ -44,6 +47,26 @@ class Divergences:
     jensen_shannon: Tensor
 
 
+def top_two(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The two largest of each row of `[rows, width]` and their places, `[rows, 2]`; one alone is followed by -inf.
+
+    The two largest lie in the two blocks with the largest maxima, or in what the blocks leave over: finding those
+    maxima reads the row once, many times faster than `topk` over the whole of it.
+    """
+    rows, width = logits.shape
+    if width == 1:
+        return F.pad(logits, (0, 1), value=-math.inf), torch.zeros((rows, 2), dtype=torch.int64, device=logits.device)
+    count = width // _BLOCK
+    if count < 2:
+        return logits.topk(2, dim=1)
+    blocks = logits[:, : count * _BLOCK].unflatten(1, (count, _BLOCK))
+    best = blocks.amax(2).topk(2, dim=1).indices[:, :, None]
+    ids = torch.arange(width, device=logits.device)
+    candidates = torch.cat(((best * _BLOCK + ids[:_BLOCK]).flatten(1), ids[count * _BLOCK :].expand(rows, -1)), 1)
+    values, places = logits.gather(1, candidates).topk(2, dim=1)
+    return values, candidates.gather(1, places)
+
+
 class _Sums:
     """Sums over one distribution, filled chunk by chunk."""
 
@@ -51,7 +74,7 @@ class _Sums:
         rows, dtype, device = logits.shape[:-1].numel(), computing_dtype(logits.dtype), logits.device
         self.maximum, self.second, self.s, self.sx, self.sxx, self.ss = torch.empty((6, rows), dtype=dtype, device=device)
         self.top = torch.empty((rows, 2), dtype=torch.int64, device=device)
-        chunk = (rows_at_once(width, dtype, device), width)
+        chunk = (min(rows, rows_at_once(width, dtype, device)), width)
         self.x, self.e = torch.empty((2, *chunk), dtype=dtype, device=device)
 
     def add(self, rows: slice, logits: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,10 +82,9 @@ class _Sums:
         x, e = self.x[: logits.shape[0]], self.e[: logits.shape[0]]
         if logits.dtype != x.dtype:
             logits = x.copy_(logits)
-        values, indices = logits.topk(min(2, logits.shape[1]), dim=1)
-        self.top[rows] = indices
+        values, self.top[rows] = top_two(logits)
         self.maximum[rows] = values[:, 0]
-        self.second[rows] = values[:, 1] if values.shape[1] > 1 else -math.inf
+        self.second[rows] = values[:, 1]
         torch.sub(logits, values[:, :1], out=x)
         torch.exp(x, out=e)
         torch.sum(e, 1, out=self.s[rows])

@@ -18,9 +18,32 @@ __all__ = ["HELD_OUT_ONE_IN", "Document", "documents", "domains", "training_text
 HELD_OUT_ONE_IN = 11
 
 _PACKAGES = (
-    "asyncio collections concurrent ctypes curses dbm email html http importlib json logging multiprocessing re "
-    "sqlite3 tkinter tomllib unittest urllib venv wsgiref xml xmlrpc zipfile zoneinfo"
-).split()
+    *(
+        "asyncio",
+        "collections",
+        "concurrent",
+        "ctypes",
+        "curses",
+        "dbm",
+        "email",
+        "html",
+        "http",
+        "importlib",
+    ),
+    *(
+        "json",
+        "logging",
+        "multiprocessing",
+        "re",
+        "sqlite3",
+        "tkinter",
+        "tomllib",
+        "unittest",
+        "urllib",
+        "venv",
+    ),
+    *("wsgiref", "xml", "xmlrpc", "zipfile", "zoneinfo"),
+)
 # sysconfig's data differs from machine to machine, and tests are no code that one would read
 _LEFT_OUT = ("_sysconfigdata", "test", "tests", "__phello__")
 
@@ -46,10 +69,10 @@ def domains() -> tuple[str, ...]:
 
 
 def documents(domain: str) -> tuple[Document, ...]:
-    """The texts of `prose` (the topics of Python's help) or `code` (modules of its standard library), by name.
+    """The texts of `prose` (the topics of Python's help) or `code` (modules of its library), sorted by name.
 
-    They are read from the Python that runs, so they differ a little from version to version. Raises `DataError`
-    for an unknown domain, and where Python was installed without its sources.
+    They are read from the Python that runs, so they differ a little from version to version. Raises
+    `DataError` for an unknown domain, and where Python was installed without its sources.
     """
     if domain not in _SOURCES:
         nearest = ", ".join(difflib.get_close_matches(domain, _SOURCES, cutoff=0.3)) or ", ".join(_SOURCES)
@@ -66,7 +89,9 @@ def training_texts(domain: str) -> tuple[str, ...]:
     Topics quote each other at length, so whole documents held out would still be known by their parts.
     """
     found = documents(domain)
-    held_out = {part.strip() for document in found if document.held_out for part in document.text.split("\n\n")}
+    held_out = {
+        part.strip() for document in found if document.held_out for part in document.text.split("\n\n")
+    }
     return tuple(
         "\n\n".join(part for part in document.text.split("\n\n") if part.strip() not in held_out)
         for document in found
@@ -85,7 +110,9 @@ def _code() -> dict[str, str]:
     return {
         name.as_posix(): file.read_text(encoding="utf-8")
         for name, file in names.items()
-        if not any(part.startswith("_sysconfigdata") or part in _LEFT_OUT for part in name.with_suffix("").parts)
+        if not any(
+            part.startswith("_sysconfigdata") or part in _LEFT_OUT for part in name.with_suffix("").parts
+        )
     }
 
 

@@ -1,2 +1,0 @@
-def base(name, figures): return "TODO"
-def tuned(name, base, figures): return "TODO"

@@ -1,0 +1,220 @@
+"""A run in figures: by domain, and token by token where the model was most confident and wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from geohooks.measures import distribution_health
+
+__all__ = [
+    "TAIL_SHARE",
+    "DomainSummary",
+    "Moments",
+    "Positions",
+    "Summary",
+    "WrongToken",
+    "confident_and_wrong",
+    "domain_codes",
+    "signal_names",
+    "signal_values",
+    "summarise",
+    "tail_threshold",
+]
+
+TAIL_SHARE = 0.1
+"""The high-KL tail: this share of a run's positions, those of highest forward KL."""
+
+KEYS = ("document", "position", "token_id", "domain", "token")
+WHOLE = "all"
+
+Values = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+class Positions(Protocol):
+    """What has the rows of a run: a `geohooks.run.Run`."""
+
+    def positions(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The positions table, or only its `columns`."""
+
+
+@attrs.frozen
+class Moments:
+    """Mean and spread (population standard deviation) over `count` positions; NaN where none is counted."""
+
+    count: int
+    mean: float
+    spread: float
+
+
+@attrs.frozen
+class DomainSummary:
+    """One domain of a run, or the whole of it; nats throughout.
+
+    `tail_share` is the sum of the NLL increase over the positions in the high-KL tail, divided by its sum over all
+    positions. It exceeds 1 where the others improved, and is None where the sum is not positive (there is no increase
+    to share out) or where the run has no base.
+    """
+
+    domain: str
+    documents: int
+    tokens: int
+    moments: Mapping[str, Moments]
+    not_a_number: int
+    tail_positions: int
+    tail_share: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean NLL; NaN where no position has one."""
+        return _exponential(self._mean("nll"))
+
+    @property
+    def base_perplexity(self) -> float:
+        """exp of the base's mean NLL; NaN where the run has no base."""
+        return _exponential(self._mean("base_nll"))
+
+    @property
+    def health(self) -> str | None:
+        """`measures.distribution_health` of the mean forward KL; None where there is none."""
+        mean = self._mean("forward_kl")
+        return None if math.isnan(mean) else distribution_health(mean)
+
+    def _mean(self, signal: str) -> float:
+        return self.moments[signal].mean if signal in self.moments else math.nan
+
+
+@attrs.frozen
+class Summary:
+    """The domains of a run by name, the whole, and the forward KL (nats) from which the tail begins."""
+
+    domains: tuple[DomainSummary, ...]
+    whole: DomainSummary
+    tail_threshold: float | None
+
+
+@attrs.frozen
+class WrongToken:
+    """A row whose most probable next token had more than half of the mass, and was not the one that came."""
+
+    document: int
+    position: int
+    signals: Mapping[str, float]
+
+
+def signal_names(schema: pa.Schema) -> tuple[str, ...]:
+    """The columns of a positions table that are signals, in its order."""
+    return tuple(name for name in schema.names if name not in KEYS)
+
+
+def signal_values(run: Positions, signal: str) -> Values:
+    """One signal of every position, [rows]; NaN where it is undefined or was measured from NaN logits."""
+    return _numbers(run.positions([signal]), signal)
+
+
+def domain_codes(run: Positions) -> tuple[tuple[str, ...], NDArray[np.intp]]:
+    """The domains by name, and for each row the index of its domain, [rows]."""
+    column = run.positions(["domain"])["domain"]
+    names, codes = np.unique(np.asarray(column.cast(pa.string()).to_numpy(), dtype=str), return_inverse=True)
+    return tuple(str(name) for name in names), codes
+
+
+def tail_threshold(forward_kl: Values) -> float | None:
+    """The lowest forward KL (nats) of the `TAIL_SHARE` of values that are highest; None where all are NaN."""
+    counted = forward_kl[~np.isnan(forward_kl)]
+    return float(np.quantile(counted, 1 - TAIL_SHARE, method="higher")) if counted.size else None
+
+
+def summarise(run: Positions, documents: pa.Table, signals: Sequence[str]) -> Summary:
+    """The figures of `signals` by domain; one column is in memory at a time.
+
+    Positions count towards the tail where both the forward KL and the NLL increase are defined.
+    """
+    domains, codes = domain_codes(run)
+    groups = {name: codes == index for index, name in enumerate(domains)} | {WHOLE: codes >= 0}
+    moments: dict[str, dict[str, Moments]] = {name: {} for name in groups}
+    for signal in signals:
+        values = signal_values(run, signal)
+        for name, group in groups.items():
+            moments[name][signal] = _moments(values[group])
+    invalid = np.isnan(signal_values(run, "entropy")) if "entropy" in signals else np.zeros(len(codes), bool)
+    threshold, in_tail, increase = _tail(run, signals, len(codes))
+    documents_in = _documents_in(documents)
+    made = {
+        name: DomainSummary(
+            domain=name,
+            documents=documents.num_rows if name == WHOLE else documents_in.get(name, 0),
+            tokens=int(group.sum()),
+            moments=moments[name],
+            not_a_number=int((invalid & group).sum()),
+            tail_positions=int((in_tail & group).sum()),
+            tail_share=_share(increase[group], in_tail[group]),
+        )
+        for name, group in groups.items()
+    }
+    return Summary(tuple(made[name] for name in domains), made[WHOLE], threshold)
+
+
+def confident_and_wrong(run: Positions, signals: Sequence[str], count: int) -> tuple[WrongToken, ...]:
+    """The `count` worst rows with `top1_probability` > 0.5 and `nll` > log 2, worst first.
+
+    With more than half of the mass on one token, a target below one half is another token. The worst have the
+    highest NLL increase over the base, or the highest NLL where the run has no base. () where a column is missing.
+    """
+    if not {"top1_probability", "nll"} <= set(signals):
+        return ()
+    rank = "nll_increase" if "nll_increase" in signals else "nll"
+    columns = dict.fromkeys(("top1_probability", "nll", rank))
+    table = run.positions(["document", "position", *columns])
+    values = {name: _numbers(table, name) for name in columns}
+    wrong = (values["top1_probability"] > 0.5) & (values["nll"] > math.log(2)) & ~np.isnan(values[rank])
+    rows = np.flatnonzero(wrong)
+    worst = rows[np.argsort(-values[rank][rows], kind="stable")[:count]]
+    document, position = (table[key].to_numpy() for key in ("document", "position"))
+    return tuple(
+        WrongToken(int(document[row]), int(position[row]), {name: float(values[name][row]) for name in columns})
+        for row in worst
+    )
+
+
+def _numbers(table: pa.Table, column: str) -> Values:
+    return np.asarray(table[column].cast(pa.float64()).to_numpy(), dtype=np.float64)
+
+
+def _moments(values: Values) -> Moments:
+    counted = values[~np.isnan(values)]
+    if not counted.size:
+        return Moments(0, math.nan, math.nan)
+    finite = bool(np.isfinite(counted).all())
+    return Moments(counted.size, float(counted.mean()), float(counted.std()) if finite else math.nan)
+
+
+def _tail(run: Positions, signals: Sequence[str], rows: int) -> tuple[float | None, Mask, Values]:
+    if not {"forward_kl", "nll_increase"} <= set(signals):
+        return None, np.zeros(rows, bool), np.full(rows, np.nan)
+    forward_kl, increase = signal_values(run, "forward_kl"), signal_values(run, "nll_increase")
+    defined = ~np.isnan(forward_kl) & ~np.isnan(increase)
+    threshold = tail_threshold(np.where(defined, forward_kl, np.nan))
+    in_tail = defined & (forward_kl >= threshold) if threshold is not None else defined
+    return threshold, in_tail, np.where(defined, increase, np.nan)
+
+
+def _share(increase: Values, in_tail: Mask) -> float | None:
+    total = float(np.nansum(increase))
+    return float(np.nansum(increase[in_tail])) / total if 0 < total < math.inf else None
+
+
+def _documents_in(documents: pa.Table) -> dict[str, int]:
+    counted: list[dict[str, Any]] = documents["domain"].cast(pa.string()).value_counts().to_pylist()
+    return {one["values"]: one["counts"] for one in counted}
+
+
+def _exponential(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf if value >= 700 else math.nan
