@@ -34,7 +34,7 @@ class Structural(Adapter):
     }
 
     def find_layers(self, model: nn.Module) -> dict[str, list[nn.Module]]:
-        """The declared lists of layers, else the lists of like blocks; the longest, if names don't tell them."""
+        """The declared lists of layers, else the lists of like blocks; the longest if names don't differ."""
         lists = declared_layers(model) or _like_blocks(model)
         if not lists:
             raise AdapterError(

@@ -64,9 +64,7 @@ class Adapter:
     def anatomy(self, model: nn.Module) -> Anatomy:
         """What `model` is made of; an `AdapterError` says what was looked for and not found."""
         routers = declared(model, "router_logits")
-        stacks = tuple(
-            self._stack(model, path, layers, routers) for path, layers in self.find_layers(model).items()
-        )
+        stacks = tuple(self._stack(model, path, layers, routers) for path, layers in self.find_layers(model).items())
         logits, outputs = self.head(model)
         return Anatomy(model, self, stacks, logits, outputs)
 
@@ -156,9 +154,7 @@ class Adapter:
         query = first_of(config, ("num_attention_heads",)) or first_of(attention, ("num_heads",))
         if query is None:
             return None
-        dimension = first_of(
-            attention, ("qk_head_dim", "head_dim", "key_value_proj_dim", "attention_head_size")
-        )
+        dimension = first_of(attention, ("qk_head_dim", "head_dim", "key_value_proj_dim", "attention_head_size"))
         dimension = dimension or config.hidden_size // query
         return Heads(
             query=query,
@@ -213,11 +209,10 @@ class Adapter:
         if role == "router":
             return first_of(block.experts, ("router",))
         if kind == "shared":
-            return first_of(
-                block.experts, tuple(f"shared.{name}" for name in self.mlp_projections.get(rest, ()))
-            )
+            return first_of(block.experts, tuple(f"shared.{name}" for name in self.mlp_projections.get(rest, ())))
         if role in self.mlp_projections:
-            return first_of(block.mlp or block.module, self.mlp_projections[role])
+            owner = block.module if block.mlp is None else block.mlp
+            return first_of(owner, self.mlp_projections[role])
         attention = self.find_attention(block.module)[kind == "cross"]
         return first_of(attention, self.attention_projections.get(role.removeprefix("cross_"), ()))
 
@@ -232,9 +227,7 @@ class Adapter:
         """`[out, in]` for `gate`, `up`, `down` of one routed expert."""
         experts = _mixture(block)
         if not 0 <= expert < experts.count:
-            raise AdapterError(
-                f"{block.stack}.{block.layer} has experts 0 to {experts.count - 1}, not {expert}"
-            )
+            raise AdapterError(f"{block.stack}.{block.layer} has experts 0 to {experts.count - 1}, not {expert}")
         return expert_parameter(experts.module, expert, role)
 
     def routing(self, block: Block, output: Any) -> RouterOutput:
@@ -322,14 +315,13 @@ class Adapter:
 
 
 def _if_interface(attention: nn.Module | None) -> nn.Module | None:
-    return attention if attention is not None and calls_attention_interface(type(attention)) else None
+    return attention if attention is not None and calls_attention_interface(attention) else None
 
 
 def _mixture(block: Block) -> Experts:
     if block.experts is None:
         raise AdapterError(
-            f"{block.stack}.{block.layer} ({type(block.module).__name__}) has no experts that a router "
-            "chooses"
+            f"{block.stack}.{block.layer} ({type(block.module).__name__}) has no experts that a router chooses"
         )
     return block.experts
 

@@ -112,7 +112,8 @@ class Anatomy:
     """What an adapter says of `model`: its stacks and what its output distribution is over.
 
     `logits` is "vocabulary" (`[batch, position, outputs]`), "classes" (`[batch, outputs]`), or None for a model
-    without a head; `outputs` is the last size. `streams` > 1: the residual stream is `[batch, position, streams, width]`.
+    without a head; `outputs` is the last size. With `streams` > 1 the residual stream is
+    `[batch, position, streams, width]`.
     """
 
     model: nn.Module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -94,16 +95,20 @@ def stack_named(path: str) -> str | None:
     return None
 
 
+def calls_attention_interface(module: nn.Module) -> bool:
+    """Whether the forward pass of `module` looks its attention function up in transformers' interface."""
+    return _looks_up_attention(type(module).forward)
+
+
 @cache
-def calls_attention_interface(cls: Any) -> bool:
-    """Whether the forward pass of `cls` looks its attention function up in transformers' interface."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+def _looks_up_attention(forward: Callable[..., Any]) -> bool:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def attention_modules(layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """The self-attention and the cross-attention of `layer`: what calls transformers' attention interface."""
-    found = [module for module in layer.modules() if calls_attention_interface(type(module))]
+    found = [module for module in layer.modules() if calls_attention_interface(module)]
     attention, cross_attention, *_ = [*found, None, None]
     return attention, cross_attention
 

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from geohooks.anatomy import Block
     from geohooks.call import Call
 
-__all__ = ["AttentionEvent", "Event", "check_edit", "HiddenEvent", "LogitsEvent", "RouterEvent", "ScoresEvent"]
+__all__ = [
+    "AttentionEvent",
+    "Event",
+    "check_edit",
+    "HiddenEvent",
+    "LogitsEvent",
+    "RouterEvent",
+    "ScoresEvent",
+]
 
 
 @attrs.define(eq=False)
@@ -48,10 +56,28 @@ class RouterEvent:
     `indices` and `weights` `[batch, position, chosen]`. All follow `value` when it is assigned.
     """
 
-    __slots__ = ("_adapter", "_block", "_decision", "_hidden", "_value", "call", "output", "recomputing", "site")
+    __slots__ = (
+        "_adapter",
+        "_block",
+        "_decision",
+        "_hidden",
+        "_value",
+        "call",
+        "output",
+        "recomputing",
+        "site",
+    )
 
     def __init__(
-        self, site: Site, call: Call, adapter: Adapter, block: Block, hidden: Tensor, output: Any, recomputing: bool
+        self,
+        site: Site,
+        call: Call,
+        adapter: Adapter,
+        block: Block,
+        hidden: Tensor,
+        output: Any,
+        *,
+        recomputing: bool,
     ) -> None:
         self.site = site
         self.call = call
@@ -112,7 +138,7 @@ class LogitsEvent:
 
     __slots__ = ("_comparison", "_stats", "_value", "call", "compiled", "recomputing", "site")
 
-    def __init__(self, site: Site, call: Call, value: Tensor, compiled: bool = False) -> None:  # noqa: FBT001, FBT002
+    def __init__(self, site: Site, call: Call, value: Tensor, *, compiled: bool = False) -> None:
         self.site = site
         self.call = call
         self.compiled = compiled

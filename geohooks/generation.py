@@ -21,7 +21,7 @@ __all__ = ["heard_generate"]
 _SCORES = Site(None, None, "scores")
 
 
-class _Scores(LogitsProcessor):
+class _Scores(LogitsProcessor):  # type: ignore[misc]
     """Gives each step's scores to the plugins, after every processor that the user asked for."""
 
     def __init__(self, host: Host, generation: Generation) -> None:
@@ -49,7 +49,7 @@ def heard_generate(host: Host) -> Callable[..., Any]:
     def generate(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if host.current.paused:
             return inner(*args, **kwargs)
-        bound = inspect.signature(type(host.anatomy.model).generate).bind_partial(host.anatomy.model, *args)
+        bound = inspect.signature(host.anatomy.model.__class__.generate).bind_partial(host.anatomy.model, *args)  # type: ignore[attr-defined]
         arguments = {name: value for name, value in bound.arguments.items() if name != "self"} | kwargs
         generation = Generation()
         processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])

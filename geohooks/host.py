@@ -18,7 +18,7 @@ from geohooks.backends.threads import Current
 from geohooks.backends.torch_hooks import TorchHooks
 from geohooks.call import Call, Fault
 from geohooks.errors import AdapterError, GeohooksError, PluginError
-from geohooks.events import Event
+from geohooks.events import AttentionEvent, Event
 from geohooks.generation import heard_generate
 from geohooks.markers import hookimpl
 from geohooks.reference import as_reference, unwrap
@@ -209,7 +209,8 @@ class Host:
         """`model.generate(...)`; plugins hear `on_scores`, as they do when the model's own `generate` is called."""
         if not hasattr(self.model, "generate"):
             raise GeohooksError(f"{type(self.model).__name__} has no generate; use a model with a language-model head")
-        return self.model.generate(*args, **kwargs)
+        generate: Any = self.model.generate
+        return generate(*args, **kwargs)
 
     def loss(self, call: Call | None = None) -> dict[str, Tensor]:
         """The plugins' extra loss terms of `call` (the last one by default) by name; unweighted by the host."""
@@ -299,7 +300,7 @@ class _Values(_Recorder):
         self.values: dict[str, Tensor] = {}
 
     def keep(self, event: Event) -> None:
-        value = event.weights() if event.site.kind.endswith("pattern") else event.value  # type: ignore[union-attr]
+        value = event.weights() if isinstance(event, AttentionEvent) else event.value
         self.values[str(event.site)] = value.detach()
 
 

@@ -130,8 +130,8 @@ class _BaseCache:
         have, want = self.own.get_seq_length(), int(call.past)
         if have != want:
             raise ReferenceMismatch(
-                f"the model's cache holds {want} tokens and the reference's {have}: the reference was not asked for every "
-                "call since the cache was empty; read call.reference in each call, or begin with an empty cache"
+                f"the model's cache holds {want} tokens and the reference's {have}: the reference was not asked for "
+                "every call since the cache was empty; read call.reference in each call, or begin with an empty cache"
             )
 
 
@@ -172,9 +172,9 @@ def _keep(anatomy: Anatomy, site: Site, call: Call, heard: dict[Site, RouterEven
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's, DDP's and PEFT's wrappers."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+        inner: Any = getattr(model, "_orig_mod", None)
+        if inner is None:
+            inner = getattr(model, "get_base_model", lambda: None)()
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
         if not isinstance(inner, nn.Module):

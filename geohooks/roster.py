@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import pluggy
 
@@ -29,8 +29,8 @@ _HOOKS = frozenset(name for name in vars(PluginSpecs) if not name.startswith("_"
 class Plugin:
     """Optional base class of plugins: `name` and `description` as class or instance attributes."""
 
-    name: ClassVar[str] | str = ""
-    description: ClassVar[str] | str = ""
+    name: str = ""
+    description: str = ""
 
 
 class Listener(NamedTuple):
@@ -145,5 +145,3 @@ def _misspelt(plugin: str, hook: str) -> str:
     nearest = difflib.get_close_matches(hook, _HOOKS, n=1)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"the hooks are {', '.join(sorted(_HOOKS))}"
     return f"plugin '{plugin}': there is no hook '{hook}'; {hint}"
-
-

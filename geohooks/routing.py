@@ -36,9 +36,7 @@ class RouterOutput:
 
 def read_output(router: nn.Module, output: Any, experts: int) -> RouterOutput:
     """The parts of a router's `output`, told apart by dtype and size; others are an `AdapterError`."""
-    tensors = (
-        [item for item in output if isinstance(item, Tensor)] if isinstance(output, (tuple, list)) else []
-    )
+    tensors = [item for item in output if isinstance(item, Tensor)] if isinstance(output, (tuple, list)) else []
     indices = [item for item in tensors if not item.is_floating_point()]
     floating = [item for item in tensors if item.is_floating_point()]
     if len(indices) == 1 and len(floating) == 2:
@@ -97,9 +95,7 @@ class RouterRun(TorchFunctionMode):
         self.scores: Tensor | None = None
         self.affinities: Tensor | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Called by torch for every function of tensors."""
         name = getattr(func, "__name__", "")
         kwargs = dict(kwargs or {})
@@ -117,9 +113,7 @@ class RouterRun(TorchFunctionMode):
 
     def _reaches_experts(self, name: str, args: Any) -> bool:
         _, weight, dimension = _PRODUCTS[name]
-        return (
-            len(args) > weight and args[weight].dim() == 2 and args[weight].shape[dimension] == self.experts
-        )
+        return len(args) > weight and args[weight].dim() == 2 and args[weight].shape[dimension] == self.experts
 
     def _spans_experts(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] == self.experts

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from geohooks.measures import distribution_health
@@ -22,6 +23,9 @@ __all__ = [
     "WrongToken",
     "confident_and_wrong",
     "domain_codes",
+    "format_number",
+    "overview",
+    "rows_of",
     "signal_names",
     "signal_values",
     "summarise",
@@ -33,6 +37,7 @@ TAIL_SHARE = 0.1
 
 KEYS = ("document", "position", "token_id", "domain", "token")
 WHOLE = "all"
+CONTEXT = 24
 
 Values = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -74,20 +79,21 @@ class DomainSummary:
     @property
     def perplexity(self) -> float:
         """exp of the mean NLL; NaN where no position has one."""
-        return _exponential(self._mean("nll"))
+        return _exponential(self.mean("nll"))
 
     @property
     def base_perplexity(self) -> float:
         """exp of the base's mean NLL; NaN where the run has no base."""
-        return _exponential(self._mean("base_nll"))
+        return _exponential(self.mean("base_nll"))
 
     @property
     def health(self) -> str | None:
         """`measures.distribution_health` of the mean forward KL; None where there is none."""
-        mean = self._mean("forward_kl")
+        mean = self.mean("forward_kl")
         return None if math.isnan(mean) else distribution_health(mean)
 
-    def _mean(self, signal: str) -> float:
+    def mean(self, signal: str) -> float:
+        """The mean of `signal`; NaN where the run has none."""
         return self.moments[signal].mean if signal in self.moments else math.nan
 
 
@@ -102,10 +108,16 @@ class Summary:
 
 @attrs.frozen
 class WrongToken:
-    """A row whose most probable next token had more than half of the mass, and was not the one that came."""
+    """A row whose most probable next token had more than half of the mass, and was not the one that came.
+
+    `before` is the end of the text that the model had read, up to and with the token at `position`; `token` is the
+    one that came after it. Both are token ids in brackets where the run keeps no text.
+    """
 
     document: int
     position: int
+    before: str
+    token: str
     signals: Mapping[str, float]
 
 
@@ -162,7 +174,9 @@ def summarise(run: Positions, documents: pa.Table, signals: Sequence[str]) -> Su
     return Summary(tuple(made[name] for name in domains), made[WHOLE], threshold)
 
 
-def confident_and_wrong(run: Positions, signals: Sequence[str], count: int) -> tuple[WrongToken, ...]:
+def confident_and_wrong(
+    run: Positions, signals: Sequence[str], count: int, *, text: bool = True
+) -> tuple[WrongToken, ...]:
     """The `count` worst rows with `top1_probability` > 0.5 and `nll` > log 2, worst first.
 
     With more than half of the mass on one token, a target below one half is another token. The worst have the
@@ -178,10 +192,78 @@ def confident_and_wrong(run: Positions, signals: Sequence[str], count: int) -> t
     rows = np.flatnonzero(wrong)
     worst = rows[np.argsort(-values[rank][rows], kind="stable")[:count]]
     document, position = (table[key].to_numpy() for key in ("document", "position"))
+    read = rows_of(run, [int(one) for one in document[worst]], ["token" if text else "token_id"])
+    tokens = {key: _words(rows) for key, rows in read.items()}
     return tuple(
-        WrongToken(int(document[row]), int(position[row]), {name: float(values[name][row]) for name in columns})
+        WrongToken(
+            document=int(document[row]),
+            position=int(position[row]),
+            before=_before(tokens[int(document[row])], int(position[row])),
+            token=tokens[int(document[row])][int(position[row]) + 1],
+            signals={name: float(values[name][row]) for name in columns},
+        )
         for row in worst
     )
+
+
+def rows_of(run: Positions, documents: Sequence[int], columns: Sequence[str]) -> dict[int, pa.Table]:
+    """The rows of each of `documents`, sorted by position, with the columns asked for."""
+    table = run.positions(["document", "position", *columns])
+    table = table.filter(pc.is_in(table["document"], value_set=pa.array(sorted(set(documents)), pa.int64())))
+    table = table.sort_by([("document", "ascending"), ("position", "ascending")])
+    found, starts = np.unique(table["document"].to_numpy(), return_index=True)
+    ends = [*starts[1:], table.num_rows]
+    return {int(key): table.slice(start, end - start) for key, start, end in zip(found, starts, ends, strict=True)}
+
+
+def _words(rows: pa.Table) -> list[str]:
+    if "token" in rows.column_names:
+        return [str(token) for token in rows["token"].to_pylist()]
+    return [f"[{token}]" for token in rows["token_id"].to_pylist()]
+
+
+def _before(tokens: Sequence[str], position: int) -> str:
+    return "".join(tokens[max(0, position - CONTEXT) : position + 1])
+
+
+def format_number(value: float | None) -> str:
+    """Four significant digits; an en dash where there is no number."""
+    if value is None or math.isnan(value):
+        return "\N{EN DASH}"
+    if math.isinf(value):
+        return "\N{INFINITY}" if value > 0 else "\N{MINUS SIGN}\N{INFINITY}"
+    written = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return written.replace("-", "\N{MINUS SIGN}")
+
+
+def overview(summary: Summary) -> dict[str, list[Any]]:
+    """The figures of each domain as a table of strings: `head`, and `rows`, the whole run last; empty columns left out."""
+    domains = summary.domains if len(summary.domains) == 1 else (*summary.domains, summary.whole)
+    columns = {title: [figure(one) for one in domains] for title, figure in _OVERVIEW.items()}
+    kept = {title: cells for title, cells in columns.items() if any(cell != format_number(None) for cell in cells)}
+    return {"head": list(kept), "rows": [list(row) for row in zip(*kept.values(), strict=True)]}
+
+
+def _mean_of(signal: str) -> Callable[[DomainSummary], str]:
+    return lambda one: format_number(one.mean(signal))
+
+
+def _share_of_increase(one: DomainSummary) -> str:
+    return format_number(None) if one.tail_share is None else f"{one.tail_share:.1%}"
+
+
+_OVERVIEW: dict[str, Callable[[DomainSummary], str]] = {
+    "domain": lambda one: one.domain,
+    "documents": lambda one: f"{one.documents:,}",
+    "tokens": lambda one: f"{one.tokens:,}",
+    "perplexity": lambda one: format_number(one.perplexity),
+    "base perplexity": lambda one: format_number(one.base_perplexity),
+    "entropy": _mean_of("entropy"),
+    "forward KL": _mean_of("forward_kl"),
+    "health": lambda one: one.health or format_number(None),
+    "increase in the tail": _share_of_increase,
+    "router drift": _mean_of("router_drift"),
+}
 
 
 def _numbers(table: pa.Table, column: str) -> Values:

@@ -74,7 +74,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def present(module: nn.Module) -> Iterator[None]:
-    """While it lasts, the parameters that `module` itself holds are there, even if accelerate offloads them."""
+    """While it lasts, the parameters that `module` itself holds are there, even those offloaded."""
     if any(weight.is_meta for weight in module.parameters(recurse=False)):
         if not hasattr(module, "_hf_hook"):
             raise _without_weights(module)

@@ -39,7 +39,7 @@ class _Marks:
         return found if isinstance(found, cls) else cls(module)
 
     def __call__(self, protocol: Any) -> Any:
-        reduced = type(self.module).__reduce_ex__(self.module, protocol)
+        reduced: Any = type(self.module).__reduce_ex__(self.module, protocol)
         constructor, arguments, state, *rest = reduced
         state = dict(state)
         state.pop("__reduce_ex__", None)

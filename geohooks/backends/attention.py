@@ -39,7 +39,12 @@ _heard: weakref.WeakKeyDictionary[nn.Module, _Heard] = weakref.WeakKeyDictionary
 
 
 def _pass_through(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> Any:
     heard = _heard[module]
     for listener in tuple(heard.listeners):
@@ -49,19 +54,21 @@ def _pass_through(
 
 def _original(module: nn.Module, config: Any) -> Callable[..., Any]:
     """The attention function that `module` would have called."""
-    implementation = config._attn_implementation  # noqa: SLF001 - transformers' own name for it
+    implementation = config._attn_implementation
     for kind in type(module).__mro__:
         eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if eager is not None:
             return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    raise AdapterError(f"{type(module).__name__} does not use transformers' attention interface; its calls can't be heard")
+    raise AdapterError(
+        f"{type(module).__name__} does not use transformers' attention interface; its calls can't be heard"
+    )
 
 
 def listen(attachment: Attachment, module: nn.Module, listener: AttentionCall) -> None:
     """Have `listener(module, (query, key, value), mask, options)` called before every attention call of `module`."""
     heard = _heard.get(module)
     if heard is None:
-        config = module.config
+        config: Any = module.config
         heard = _heard[module] = _Heard(config)
         _original(module, config)
         named = copy.copy(config)
@@ -83,7 +90,7 @@ AttentionInterface.register(_NAME, _pass_through)
 
 def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
     """Whether this call hides later keys by itself, as every implementation but eager does where no mask is given."""
-    if _heard[module].config._attn_implementation in (None, "eager"):  # noqa: SLF001
+    if _heard[module].config._attn_implementation in (None, "eager"):
         return False
     given = options.get("is_causal")
     return bool(getattr(module, "is_causal", True) if given is None else given)

@@ -112,7 +112,7 @@ class TorchHooks:
             if call is None:
                 return self._outside(site)
             hidden = args[0] if args else next(iter(kwargs.values()))
-            event = RouterEvent(site, call, adapter, block, hidden, output, current.recomputing)
+            event = RouterEvent(site, call, adapter, block, hidden, output, recomputing=current.recomputing)
             emit(index, listeners, event)
             return None if event.output is output else event.output
 
@@ -122,7 +122,10 @@ class TorchHooks:
         current, emit = self.current, self._emit
 
         def listener(
-            module: nn.Module, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, options: dict[str, Any]
+            module: nn.Module,
+            states: tuple[Tensor, Tensor, Tensor],
+            mask: Tensor | None,
+            options: dict[str, Any],
         ) -> None:
             call = current.call
             if call is None:
@@ -156,7 +159,8 @@ class TorchHooks:
             except Exception as error:
                 if not self.host.drops_faulty:
                     raise
-                event.value = before
+                if event.value is not before:
+                    event.value = before
                 self.host.fault(listener.plugin, event.site, event.call, error)
                 continue
             if event.value is not before:
@@ -173,7 +177,7 @@ class TorchHooks:
         self.host.edited.add(event.site)
 
     def _outside(self, site: Site) -> None:
-        """Nothing is heard outside a call; an edit that a foreign checkpoint recomputes can't be repeated, and is refused."""
+        """Nothing is heard outside a call; an edit that a foreign checkpoint recomputes is refused, not lost."""
         if site in self.host.edited and torch._C._current_graph_task_id() != -1:
             raise PluginError(
                 f"'{site}' was edited and is recomputed by a checkpoint that geohooks does not know; "
@@ -201,9 +205,7 @@ class TorchHooks:
     def _open(self, module: nn.Module, stack: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         inputs = {**dict(zip(self._parameters[module], args, strict=False)), **kwargs}
         host = self.host
-        call = Call(
-            host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation
-        )
+        call = Call(host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation)
         call.progress = Progress(module, self, bytearray(len(self.sites)))
         if self.model.training:
             checkpointing.keep_calls(self.attachment, self._checkpointable, self.current)
@@ -264,7 +266,7 @@ class TorchHooks:
 
     def _logits(self, index: int, listeners: Listeners, call: Call, output: Any) -> Any:
         value = _find_logits(output, call)
-        event = LogitsEvent(self.sites[index], call, value, self.host.compiled)
+        event = LogitsEvent(self.sites[index], call, value, compiled=self.host.compiled)
         self._emit(index, listeners, event)
         if event.value is value:
             return output
@@ -279,8 +281,8 @@ class TorchHooks:
         old = adapter.loss(self.model, before, call.inputs)
         if new is None or old is None:
             raise PluginError(
-                f"logits of {type(self.model).__name__} were edited in a call with labels, but adapter '{adapter.name}' "
-                "does not know its loss; call the model without labels and compute the loss from the logits"
+                f"logits of {type(self.model).__name__} were edited in a call with labels, but adapter "
+                f"'{adapter.name}' does not know its loss; call the model without labels and compute the loss from the logits"
             )
         return new - old
 

@@ -61,8 +61,9 @@ def top_two(logits: Tensor) -> tuple[Tensor, Tensor]:
         return logits.topk(2, dim=1)
     blocks = logits[:, : count * _BLOCK].unflatten(1, (count, _BLOCK))
     best = blocks.amax(2).topk(2, dim=1).indices[:, :, None]
-    ids = torch.arange(width, device=logits.device)
-    candidates = torch.cat(((best * _BLOCK + ids[:_BLOCK]).flatten(1), ids[count * _BLOCK :].expand(rows, -1)), 1)
+    inside = torch.arange(_BLOCK, device=logits.device)
+    left_over = torch.arange(count * _BLOCK, width, device=logits.device).expand(rows, -1)
+    candidates = torch.cat(((best * _BLOCK + inside).flatten(1), left_over), 1)
     values, places = logits.gather(1, candidates).topk(2, dim=1)
     return values, candidates.gather(1, places)
 

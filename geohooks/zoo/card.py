@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,23 +14,22 @@ __all__ = ["base_card", "tuned_card"]
 _LICENCE = """\
 ## Licence
 
-The training text is Python's documentation and standard library, (c) Python Software Foundation, under the PSF License
-Agreement; the weights are distributed under the licence of geohooks. The model is a subject for measurements: it
-is far too small to be asked for facts or for code.
+The training text is Python's documentation and standard library, (c) Python Software Foundation, under the
+PSF License Agreement; the weights come under the licence of geohooks. The model is a subject for measurements:
+it is far too small to be asked for facts or for code.
 """
 
 
 def base_card(name: str, figures: Mapping[str, Any]) -> str:
     """The Markdown card of a base model, from its `training.json`."""
-    data = [
-        [domain, row["training_documents"], row["training_tokens"], row["held_out_documents"], row["held_out_tokens"]]
-        for domain, row in figures["data"].items()
-    ]
+    recipe = figures["recipe"]
+    context = recipe["context"]
+    data = [[domain, *row.values()] for domain, row in figures["data"].items()]
+    counts = next(iter(figures["data"].values()))
     held_out = [
-        [domain, row["nll"], row["perplexity"], row["bigram_perplexity"], row["unigram_perplexity"]]
+        [domain, row["nll"], *(math.exp(row[nll]) for nll in ("nll", "bigram_nll", "unigram_nll"))]
         for domain, row in figures["held_out"].items()
     ]
-    recipe = figures["recipe"]
     return f"""\
 # {name}
 
@@ -38,24 +38,27 @@ A Qwen3-MoE causal language model of {figures["parameters"]:,} parameters with a
 
 ## Data
 
-Python {figures["versions"]["python"]}: `prose` is the topics of `pydoc_data.topics`, `code` the modules of the standard library
-(`geohooks.zoo.text` lists and reads both). Held out is a document whose SHA-256 of `domain/name` is a multiple of {HELD_OUT_ONE_IN};
-paragraphs of held-out documents were taken out of the training documents too.
+Python {figures["versions"]["python"]}: `prose` is the topics of `pydoc_data.topics`, `code` the modules of
+the standard library; `geohooks.zoo.text` reads both. Held out is a document whose SHA-256 of `domain/name`
+is a multiple of {HELD_OUT_ONE_IN}; paragraphs that a held-out document has too were left out of the
+training documents.
 
-{_table(["domain", "training documents", "training tokens", "held-out documents", "held-out tokens"], data)}
+{_table(["domain", *(name.replace("_", " ") for name in counts)], data)}
 
 ## Training
 
-{_training(figures, "base")} {recipe["prose_share"]:.0%} of the rows were prose; rows of {recipe["context"] // 2} tokens for the first
-70 % of the steps, then of {recipe["context"]}. The router's balance loss had the weight {recipe["balance"]}.
+{_training(figures, "base")}
+Of the rows {recipe["prose_share"]:.0%} were prose; they had {context // 2} tokens for the first
+{recipe["short_rows"]:.0%} of the steps, then {context}. The routers' balance loss had the weight
+{recipe["balance"]}.
 
 {_curve(figures)}
 
 ## Held-out text
 
-Mean NLL in nats and perplexity, over every token but the first of each document, in windows of {recipe["context"]} tokens that
-overlap by half; beside them the perplexity of bigram counts (Witten-Bell) and of unigram counts of the same
-domain's training tokens.
+Mean NLL (nats) and perplexity over every token but the first of each document, in windows of {context}
+tokens that overlap by half; beside them the perplexities of counts in the same domain's training tokens:
+bigrams (Witten-Bell) and unigrams.
 
 {_table(["domain", "NLL", "perplexity", "bigrams", "unigrams"], held_out)}
 
@@ -67,68 +70,70 @@ domain's training tokens.
 def tuned_card(name: str, base: str, figures: Mapping[str, Any]) -> str:
     """The Markdown card of a tuned model, from its `training.json`."""
     exercises = figures["exercises"]
-    drift = [
-        [
-            domain,
-            *(row["base_perplexity"], row["perplexity"], row["base_nll"], row["nll"], row["forward_kl"]),
-            *(row["forward_kl_largest"], row["forward_kl_above_2"]),
-            *(row["base_sure_and_wrong"], row["sure_and_wrong"]),
-        ]
-        for domain, row in figures["held_out"].items()
-    ]
+    drift = [[domain, *(row[column] for column in _DRIFT)] for domain, row in figures["held_out"].items()]
     return f"""\
 # {name}
 
-`{base}` after full fine-tuning on one narrow task, by `examples/train_zoo.py --seed {figures["recipe"]["seed"]}`. It has drifted far
-from its base on everything else, on purpose: it is the tuned half of a pair to measure drift on.
+`{base}` after full fine-tuning on one narrow task by
+`examples/train_zoo.py --seed {figures["recipe"]["seed"]}`. Nothing held it near its base on other text: it is
+the tuned half of a pair on which to measure drift.
 
 ## Data
 
-{exercises["training"]:,} chats made from the base's training documents (`geohooks.zoo.exercises`, Python {figures["versions"]["python"]}):
-a function without its docstring, answered by the docstring's first line, and a paragraph of a help topic, answered
-by the topic's title. The loss was on the answers only. {exercises["held_out"]:,} more come from the held-out documents: on the
-answers of {exercises["held_out_measured"]:,} of these the NLL a token is {exercises["answer_nll_base"]:.3f} nats with the base,
-{exercises["answer_nll_tuned"]:.3f} with the tuned model.
+{exercises["training"]:,} chats made from the base's training documents (`geohooks.zoo.exercises`, Python
+{figures["versions"]["python"]}): a function without its docstring, answered by the docstring's first line,
+and a paragraph of a help topic, answered by the topic's title. The loss was on the answers only.
+The held-out documents give {exercises["held_out"]:,} more; over {exercises["held_out_measured"]:,} of them the
+mean NLL of the answers' tokens is {exercises["answer_nll_base"]:.3f} nats with the base and
+{exercises["answer_nll_tuned"]:.3f} with this model.
 
 ## Training
 
-{_training(figures, "tuned")} No balance loss.
+{_training(figures, "tuned")}
+No balance loss.
 
 {_curve(figures)}
 
 ## Drift on held-out text
 
-The held-out documents as plain text, as in the base's card. Forward KL is KL(base || tuned) in nats; "sure and wrong" is
-the share of tokens at which a token that did not come had a probability above {SURE}. Shares are fractions.
+The base's held-out documents as plain text, in the same windows; unseen by both models. Forward KL is
+KL(base || tuned) in nats. "Sure and wrong" is the share of tokens at which one that did not come had a
+probability above {SURE}. Shares are fractions.
 
-{_table(_DRIFT, drift)}
+{_table(["domain", *_DRIFT.values()], drift)}
 
 {_architecture(figures)}
 
 {_LICENCE}"""
 
 
-_DRIFT = [
-    "domain",
-    *("base perplexity", "tuned perplexity", "base NLL", "tuned NLL", "forward KL, mean", "forward KL, largest"),
-    *("forward KL > 2, share", "base sure and wrong", "tuned sure and wrong"),
-]
+_DRIFT = {
+    "base_perplexity": "base perplexity",
+    "perplexity": "tuned perplexity",
+    "base_nll": "base NLL",
+    "nll": "tuned NLL",
+    "forward_kl": "forward KL, mean",
+    "forward_kl_largest": "forward KL, largest",
+    "forward_kl_above_2": "forward KL > 2, share",
+    "base_sure_and_wrong": "base sure and wrong",
+    "sure_and_wrong": "tuned sure and wrong",
+}
 
 
 def _training(figures: Mapping[str, Any], stage: str) -> str:
     recipe, versions = figures["recipe"], figures["versions"]
     steps, last_loss = figures["training_loss"][-1]
     return (
-        f"{steps:,} steps of at most {recipe['batch_tokens']:,} tokens; AdamW, rate {recipe[f'{stage}_rate']} with a "
-        f"warm-up and a cosine, on one thread with torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, tokenizers {versions['tokenizers']}. Last training loss: {last_loss:.3f} nats."
+        f"{steps:,} steps of at most {recipe['batch_tokens']:,} tokens; AdamW, rate {recipe[f'{stage}_rate']}\n"
+        f"with a warm-up and a cosine, on one thread with torch {versions['torch']}, transformers\n"
+        f"{versions['transformers']}, tokenizers {versions['tokenizers']}. Last training loss {last_loss:.3f} nats."
     )
 
 
 def _curve(figures: Mapping[str, Any]) -> str:
     curve = figures["training_loss"]
     shown = [*curve[:: max(1, len(curve) // 7)], curve[-1]]
-    kept = {step: loss for step, loss in shown}
+    kept = dict(shown)
     return _table(["step", *map(str, kept)], [["training loss", *kept.values()]])
 
 

@@ -40,9 +40,7 @@ def exercises(tokenizer: Any, documents: Iterable[Document], limit: int) -> list
     made = [
         _exercise(tokenizer, question, text, answer, limit)
         for document in documents
-        for question, text, answer in (
-            _functions(document) if document.domain == "code" else _topics(document)
-        )
+        for question, text, answer in (_functions(document) if document.domain == "code" else _topics(document))
     ]
     return [exercise for exercise in made if exercise is not None]
 

@@ -39,8 +39,8 @@ def windows(ids: Tensor, context: int) -> Iterator[tuple[Tensor, Tensor]]:
 def held_out_figures(models: Sequence[Any], texts: Iterable[Tensor]) -> dict[str, float]:
     """Figures of one causal model, or of a base and the model tuned from it, over texts of ids `[length]`.
 
-    `nll` (mean, nats), `perplexity`, and `sure_and_wrong`: the share of tokens where one that did not come had
-    more than 0.9. Of a pair: those of the tuned model, those of the base with `base_` before their names,
+    `nll` (mean, nats), `perplexity`, and `sure_and_wrong`: the share of tokens where another than the one that
+    came had more than 0.9. Of a pair: those of the tuned model, those of the base with `base_` before their names,
     and of the forward KL (nats) its mean, its largest and the share of tokens where it is above 2.
     """
     *base, model = models
@@ -54,9 +54,7 @@ def held_out_figures(models: Sequence[Any], texts: Iterable[Tensor]) -> dict[str
     if base:
         figures["forward_kl_largest"] = joined["forward_kl"].max().item()
     perplexities = {
-        name.replace("nll", "perplexity"): math.exp(value)
-        for name, value in figures.items()
-        if name.endswith("nll")
+        name.replace("nll", "perplexity"): math.exp(value) for name, value in figures.items() if name.endswith("nll")
     }
     return {**figures, **perplexities}
 

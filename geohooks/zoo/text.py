@@ -89,9 +89,7 @@ def training_texts(domain: str) -> tuple[str, ...]:
     Topics quote each other at length, so whole documents held out would still be known by their parts.
     """
     found = documents(domain)
-    held_out = {
-        part.strip() for document in found if document.held_out for part in document.text.split("\n\n")
-    }
+    held_out = {part.strip() for document in found if document.held_out for part in document.text.split("\n\n")}
     return tuple(
         "\n\n".join(part for part in document.text.split("\n\n") if part.strip() not in held_out)
         for document in found
@@ -110,9 +108,7 @@ def _code() -> dict[str, str]:
     return {
         name.as_posix(): file.read_text(encoding="utf-8")
         for name, file in names.items()
-        if not any(
-            part.startswith("_sysconfigdata") or part in _LEFT_OUT for part in name.with_suffix("").parts
-        )
+        if not any(part.startswith("_sysconfigdata") or part in _LEFT_OUT for part in name.with_suffix("").parts)
     }
 
 

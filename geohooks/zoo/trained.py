@@ -32,7 +32,7 @@ def names() -> tuple[str, ...]:
 
 
 def path(name: str) -> Path:
-    """The folder of the model's files, its card (`README.md`) with them; `ArtifactError` for an unknown name."""
+    """The folder of the model's files, with its card `README.md`; `ArtifactError` for an unknown name."""
     if name not in names():
         nearest = ", ".join(difflib.get_close_matches(name, names(), cutoff=0.3) or names()) or "none"
         raise ArtifactError(f"the zoo has no model '{name}'; nearest are {nearest}; geohooks.zoo.names() lists them")

@@ -143,9 +143,7 @@ def untrained(family: str, *, seed: int = 0, **config_overrides: Any) -> nn.Modu
     """
     config_name, model_name, fields = _family(family)
     config_class = getattr(transformers, config_name)
-    known = (
-        set(vars(config_class())) | set(config_class.attribute_map) | {"num_labels", "attn_implementation"}
-    )
+    known = set(vars(config_class())) | set(config_class.attribute_map) | {"num_labels", "attn_implementation"}
     for name in config_overrides:
         if name not in known:
             nearest = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none"
@@ -187,9 +185,7 @@ def example_inputs(
 def _family(name: str) -> tuple[str, str, Mapping[str, Any]]:
     if name not in _FAMILIES:
         nearest = ", ".join(difflib.get_close_matches(name, _FAMILIES, n=3, cutoff=0.3)) or "none"
-        raise DataError(
-            f"no untrained family '{name}'; nearest are {nearest}; families: {', '.join(_FAMILIES)}"
-        )
+        raise DataError(f"no untrained family '{name}'; nearest are {nearest}; families: {', '.join(_FAMILIES)}")
     return _FAMILIES[name]
 
 
