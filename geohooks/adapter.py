@@ -290,7 +290,7 @@ class Adapter:
         tokens, count = experts.shape
         rows = hidden.repeat_interleave(count, dim=0)
         output = mixture.module.forward(rows, experts.reshape(-1, 1), rows.new_ones(len(rows), 1))
-        return output.reshape(tokens, count, -1)
+        return output.reshape(tokens, count, output.shape[-1])
 
     def tokens(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """The token ids `[batch, position]` of the main stack, or None (a ViT has patches)."""

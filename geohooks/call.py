@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -33,11 +34,14 @@ class Fault:
 
 @attrs.define(eq=False)
 class Generation:
-    """One run of `generate`: how many forward passes it has made, and whether rows are beams."""
+    """One run of `generate`: how many forward passes of the main stack it has made, and the last of them.
+
+    `encoder_inputs` are the arguments that the encoder was called with, where it was run alone.
+    """
 
     step: int = 0
-    beams: int = 1
     last_call: Call | None = None
+    encoder_inputs: Mapping[str, Any] | None = None
 
 
 @attrs.define(eq=False)
@@ -45,7 +49,7 @@ class Progress:
     """What the backend keeps of a call under way.
 
     The module whose pass it is, the plan that it began under, a byte for each of that plan's sites that has passed,
-    the stacks that have begun, and who edited where.
+    the stacks that have begun, who edited where, and the lock that the call holds, if any.
     """
 
     owner: nn.Module | None = None
@@ -53,6 +57,7 @@ class Progress:
     fired: bytearray = attrs.Factory(bytearray)
     entered: set[str] = attrs.Factory(set)
     edits: set[tuple[Site, str]] = attrs.Factory(set)
+    lock: AbstractContextManager[Any] | None = None
 
 
 class Call:

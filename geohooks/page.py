@@ -233,7 +233,8 @@ def _worst(worst: Sequence[WrongToken], excerpts: Sequence[Excerpt]) -> list[dic
     for one in worst:
         index = place.get(one.document)
         seen = index is not None and excerpts[index].start <= one.position + 1 < excerpts[index].stop
-        made.append({**attrs.asdict(one), "excerpt": index if seen else None})
+        figures = {name: format_number(value) for name, value in one.signals.items()}
+        made.append({**attrs.asdict(one), "signals": figures, "excerpt": index if seen else None})
     return made
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from geohooks.anatomy import Anatomy
 from geohooks.backends.threads import silent
-from geohooks.call import Call
+from geohooks.call import Call, Generation
 from geohooks.errors import ReferenceMismatch
 from geohooks.events import RouterEvent
 from geohooks.registry import adapter_for
@@ -45,12 +45,15 @@ class Reference(Protocol):
 class InMemory:
     """A base model in memory: `model` answers for the same inputs, in evaluation mode, with a cache of its own."""
 
+    exclusive = False
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         inner = unwrap(model)
         self._anatomy = adapter_for(inner).anatomy(inner)
         self._caches: weakref.WeakKeyDictionary[Any, _BaseCache] = weakref.WeakKeyDictionary()
-        self._lock = threading.RLock()
+        self._encoder_outputs: weakref.WeakKeyDictionary[Generation, Any] = weakref.WeakKeyDictionary()
+        self.lock = threading.RLock()
         if self._anatomy.logits is None:
             raise ReferenceMismatch(f"{type(inner).__name__} has no head, so it gives no distribution to compare with")
 
@@ -61,8 +64,8 @@ class InMemory:
 
     def answer(self, call: Call) -> Answer:
         """The base's logits and routing for the inputs of `call`."""
-        inputs = {name: value for name, value in call.inputs.items() if name not in _DROPPED}
-        with self._lock, silent(), torch.no_grad(), _evaluating(self.model), self._base():
+        with self.lock, silent(), torch.no_grad(), _evaluating(self.model), self._base():
+            inputs = self._inputs(call)
             cache = self._cache_for(call)
             if cache is not None:
                 inputs |= {"past_key_values": cache.own, "use_cache": True}
@@ -76,6 +79,31 @@ class InMemory:
     @contextmanager
     def _base(self) -> Iterator[None]:
         yield
+
+    def _inputs(self, call: Call) -> dict[str, Any]:
+        """What the base is called with: nothing that the model itself has computed."""
+        inputs = {name: value for name, value in call.inputs.items() if name not in _DROPPED}
+        if len(self._anatomy.stacks) == 1:
+            return inputs
+        inputs["decoder_input_ids"] = call.token_ids
+        if inputs.get("encoder_outputs") is not None:
+            inputs["encoder_outputs"] = self._encoded(call)
+        return inputs
+
+    def _encoded(self, call: Call) -> Any:
+        """The base's own encoder outputs for what the model's encoder was given in this generation."""
+        given = None if call.generation is None else call.generation.encoder_inputs
+        if call.generation is None or given is None:
+            raise ReferenceMismatch(
+                "the call was given encoder_outputs, which the model computed; give input_ids, for the reference to "
+                "compute its own"
+            )
+        found = self._encoder_outputs.get(call.generation)
+        if found is None:
+            found = self._encoder_outputs[call.generation] = self._anatomy.stack("encoder").module(**given)
+        hidden = found[0]
+        beams = call.batch_size // hidden.shape[0]
+        return (hidden.repeat_interleave(beams, dim=0),)
 
     def _cache_for(self, call: Call) -> _BaseCache | None:
         """The base's own cache that goes with the cache of `call`; None where the call fills none."""
@@ -92,7 +120,13 @@ class InMemory:
 
 
 class DisabledAdapter(InMemory):
-    """The base of a PEFT model: the same model with its adapter off; exact logits, and no second model."""
+    """The base of a PEFT model: the same model with its adapter off; exact logits, and no second model.
+
+    `exclusive`: calls of the model in several threads wait for each other, since one's reference would switch the
+    adapter off under another.
+    """
+
+    exclusive = True
 
     def __init__(self, model: nn.Module) -> None:
         if not hasattr(model, "disable_adapter"):

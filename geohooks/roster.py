@@ -66,7 +66,7 @@ class Roster:
             try:
                 self._manager.register(registered, name)
             except pluggy.PluginValidationError as error:
-                raise PluginError(f"plugin '{name}': {error}; the hooks are in geohooks/hookspecs.py") from error
+                raise PluginError(f"plugin '{name}': {_explained(error)}") from error
 
     def implements(self, name: str, hook: str) -> bool:
         """Whether the plugin called `name` implements `hook`."""
@@ -139,6 +139,17 @@ def _marked(plugin: object) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield name, getattr(plugin, name)
         elif name in _HOOKS and name.startswith("on_") and callable(inspect.getattr_static(plugin, name)):
             raise PluginError(f"plugin '{who}': method {name} is not marked; put @geohooks.hookimpl above it")
+
+
+def _explained(error: pluggy.PluginValidationError) -> str:
+    """pluggy's words on one line, and what the hooks of that plugin are given."""
+    takes = (f"{name}({', '.join(_arguments(getattr(PluginSpecs, name)))})" for name in sorted(vars(error.plugin)))
+    return f"{' '.join(str(error).split())}; the hooks are given {', '.join(takes)}"
+
+
+def _arguments(specification: Callable[..., Any]) -> tuple[str, ...]:
+    """The argument names of a hook."""
+    return tuple(name for name in inspect.signature(specification).parameters if name != "self")
 
 
 def _misspelt(plugin: str, hook: str) -> str:

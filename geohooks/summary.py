@@ -237,7 +237,7 @@ def format_number(value: float | None) -> str:
 
 
 def overview(summary: Summary) -> dict[str, list[Any]]:
-    """The figures of each domain as a table of strings: `head`, and `rows`, the whole run last; empty columns left out."""
+    """The figures of each domain, then of the whole run, as strings: `head` and `rows`, without empty columns."""
     domains = summary.domains if len(summary.domains) == 1 else (*summary.domains, summary.whole)
     columns = {title: [figure(one) for one in domains] for title, figure in _OVERVIEW.items()}
     kept = {title: cells for title, cells in columns.items() if any(cell != format_number(None) for cell in cells)}

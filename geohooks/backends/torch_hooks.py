@@ -195,7 +195,7 @@ class TorchHooks:
             call = current.call
             if call is None or call.progress.owner is module:
                 # A call whose owner starts again was left open by an exception that hooks do not see.
-                call = current.call = None
+                self._release(call)
                 call = self._open(module, None if is_model else name, args, kwargs)
             if name is not None:
                 call.progress.entered.add(name)
@@ -207,6 +207,9 @@ class TorchHooks:
         host = self.host
         call = Call(host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation)
         call.progress = Progress(module, self, bytearray(len(self.sites)))
+        if getattr(host.reference, "exclusive", False):
+            call.progress.lock = host.reference.lock  # type: ignore[union-attr]
+            call.progress.lock.__enter__()
         if self.model.training:
             checkpointing.keep_calls(self.attachment, self._checkpointable, self.current)
         for listener in host.listeners("on_call_start"):
@@ -232,10 +235,18 @@ class TorchHooks:
                 self._close(call)
                 return None if call.output is output else call.output
             finally:
-                current.call = None
-                call.output = None
+                self._release(call)
 
         return hook
+
+    def _release(self, call: Call | None) -> None:
+        """The call is over, however it ended."""
+        self.current.call = None
+        if call is not None:
+            call.output = None
+            if call.progress.lock is not None:
+                call.progress.lock.__exit__(None, None, None)
+                call.progress.lock = None
 
     def _close(self, call: Call) -> None:
         host = self.host
@@ -248,8 +259,11 @@ class TorchHooks:
                     f"adapter '{host.anatomy.adapter.name}' is wrong about this model, or the model skips these layers"
                 )
         if call.generation is not None:
-            call.generation.last_call = call
-            call.generation.step += call.stack is None or call.stack == host.anatomy.main.name
+            if call.stack is None or call.stack == host.anatomy.main.name:
+                call.generation.last_call = call
+                call.generation.step += 1
+            else:
+                call.generation.encoder_inputs = call.inputs
         for listener in host.listeners("on_call_end"):
             host.guarded(listener, call)
         host.ended(call)

@@ -19,6 +19,18 @@ PSF License Agreement; the weights come under the licence of geohooks. The model
 it is far too small to be asked for facts or for code.
 """
 
+_DRIFT = {
+    "base_perplexity": "base perplexity",
+    "perplexity": "tuned perplexity",
+    "base_nll": "base NLL",
+    "nll": "tuned NLL",
+    "forward_kl": "forward KL, mean",
+    "forward_kl_largest": "forward KL, largest",
+    "forward_kl_above_2": "forward KL > 2, share",
+    "base_sure_and_wrong": "base sure and wrong",
+    "sure_and_wrong": "tuned sure and wrong",
+}
+
 
 def base_card(name: str, figures: Mapping[str, Any]) -> str:
     """The Markdown card of a base model, from its `training.json`."""
@@ -105,19 +117,6 @@ probability above {SURE}. Shares are fractions.
 {_architecture(figures)}
 
 {_LICENCE}"""
-
-
-_DRIFT = {
-    "base_perplexity": "base perplexity",
-    "perplexity": "tuned perplexity",
-    "base_nll": "base NLL",
-    "nll": "tuned NLL",
-    "forward_kl": "forward KL, mean",
-    "forward_kl_largest": "forward KL, largest",
-    "forward_kl_above_2": "forward KL > 2, share",
-    "base_sure_and_wrong": "base sure and wrong",
-    "sure_and_wrong": "tuned sure and wrong",
-}
 
 
 def _training(figures: Mapping[str, Any], stage: str) -> str:

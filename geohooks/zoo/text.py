@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import attrs
 
@@ -112,4 +112,11 @@ def _code() -> dict[str, str]:
     }
 
 
-_SOURCES: dict[str, Callable[[], dict[str, str]]] = {"prose": lambda: dict(topics), "code": _code}
+def _prose() -> dict[str, str]:
+    if importlib.util.find_spec("pydoc_data") is None:
+        return {}
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return topics
+
+
+_SOURCES: dict[str, Callable[[], dict[str, str]]] = {"prose": _prose, "code": _code}

@@ -8,17 +8,17 @@ from functools import cache
 from typing import Any
 
 import attrs
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
 import geohooks_deepseek
 import geohooks_llama
 import geohooks_qwen
 import geohooks_structural
 import geohooks_t5
 import geohooks_vit
-import pytest
-import torch
-import transformers
-from torch import Tensor, nn
-
 from geohooks.adapter import Adapter
 from geohooks.anatomy import Anatomy, Block, Tap
 from geohooks.sites import Site

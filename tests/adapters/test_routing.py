@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import geohooks_structural
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+import geohooks_structural
 from geohooks.errors import AdapterError
 
 MIXTURES = (
@@ -145,7 +145,7 @@ def test_deepseek_v3_chooses_as_by_hand(lasting, seed):
         assert [expert for expert in range(8) if scores[row, expert].isfinite()] == eligible
         total = sum(affinity[expert] for expert in best)
         for expert, weight in zip(decision.indices[row].tolist(), decision.weights[row].tolist(), strict=True):
-            assert weight == pytest.approx(affinity[expert] / total * router.lasting_scaling_factor, rel=1e-5)
+            assert weight == pytest.approx(affinity[expert] / total * router.routed_scaling_factor, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_what_is_no_router_is_refused_by_name(lasting):
     with pytest.raises(AdapterError, match=r"decoder\.0 .*no experts"):
         dense.adapter.routing(dense.block(0), ())
     found = lasting("qwen3_moe")
-    with pytest.raises(AdapterError, match=r"TopKRouter returned float32 \[2, 8\]; looked for"):
+    with pytest.raises(AdapterError, match=r"TopKRouter returned torch.float32 \[2, 8\]; looked for"):
         found.adapter.routing(found.block(), torch.zeros(2, 8))
 
 

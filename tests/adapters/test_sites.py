@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import geohooks_qwen
 import pytest
 import torch
 import transformers
 
+import geohooks_qwen
 from geohooks.anatomy import Heads
 from geohooks.errors import AdapterError
 

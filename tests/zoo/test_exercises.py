@@ -23,9 +23,9 @@ def test_functions_lose_their_docstring_and_are_answered_by_it() -> None:
     assert decoded(found.answer_ids) == "Add a number.\n<|endoftext|>"
     asked = decoded(found.ids[: found.answer_start])
     assert asked.startswith("<|user|>\n")
-    assert asked.endswith(
-        "def add(self, x):\n    self.total += x\n    return self.total\n<|assistant|>\n"
-    ), "the class's indentation goes too"
+    assert asked.endswith("def add(self, x):\n    self.total += x\n    return self.total\n<|assistant|>\n"), (
+        "the class's indentation goes too"
+    )
 
 
 def test_topics_are_named() -> None:

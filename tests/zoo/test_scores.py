@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_windows_count_each_token_once(length: int, context: int) -> None:
 @given(training=TOKENS, text=TOKENS)
 def test_counts_match_a_plain_loop(training: Tensor, text: Tensor) -> None:
     ids, seen = training.tolist(), Counter(training.tolist())
-    pairs = Counter(zip(ids[:-1], ids[1:], strict=True))
+    pairs = Counter(pairwise(ids))
     before = Counter(ids[:-1])
 
     def unigram(token: int) -> float:
@@ -49,7 +50,7 @@ def test_counts_match_a_plain_loop(training: Tensor, text: Tensor) -> None:
     after = text.tolist()[1:]
     expected = -sum(math.log(unigram(token)) for token in after) / len(after)
     assert unigram_nll(training, [text], VOCABULARY) == pytest.approx(expected)
-    steps = list(zip(text.tolist(), after, strict=False))
+    steps = list(pairwise(text.tolist()))
     expected = -sum(math.log(bigram(*step)) for step in steps) / len(steps)
     assert bigram_nll(training, [text], VOCABULARY) == pytest.approx(expected)
     for first in range(VOCABULARY):

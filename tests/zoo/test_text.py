@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +53,11 @@ def test_no_held_out_paragraph_is_trained_on(domain: str) -> None:
 def test_unknown_domain() -> None:
     with pytest.raises(DataError, match="'codes'; nearest are code"):
         documents("codes")
+
+
+@pytest.mark.parametrize("domain", domains())
+def test_python_without_its_texts(domain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(DataError, match=f"no text of domain '{domain}'.*install Python with its sources"):
+        documents(domain)

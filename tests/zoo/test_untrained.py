@@ -66,12 +66,12 @@ def test_overrides() -> None:
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(DataError, match="'lama'.*nearest are llama"):
+    with pytest.raises(DataError, match=r"'lama'.*nearest are llama"):
         zoo.untrained("lama")
 
 
 def test_unknown_field() -> None:
-    with pytest.raises(DataError, match="LlamaConfig has no field 'num_layers'; nearest are .*num_hidden_layers"):
+    with pytest.raises(DataError, match=r"LlamaConfig has no field 'num_layers'; nearest are .*num_hidden_layers"):
         zoo.untrained("llama", num_layers=3)
 
 
