@@ -58,8 +58,8 @@ def _rows(attention: Any, role: str) -> Tensor:
 
 
 def _gain(norm: Any) -> Tensor:
-    with present(norm):
-        return norm.weight.clone()
+    with present(norm) as keep:
+        return keep(norm.weight)
 
 
 @hookimpl

@@ -57,8 +57,8 @@ class Recipe:
     short_rows: float = 0.7
     prose_share: float = 0.25
     balance: float = 0.01
-    tuned_steps: int = 500
-    tuned_rate: float = 1e-3
+    tuned_steps: int = 400
+    tuned_rate: float = 6e-4
     document_stride: int = 1
     report_every: int = 50
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from geohooks.call import Generation
 from geohooks.events import ScoresEvent, check_edit
@@ -21,8 +20,8 @@ __all__ = ["heard_generate"]
 _SCORES = Site(None, None, "scores")
 
 
-class _Scores(LogitsProcessor):  # type: ignore[misc]
-    """Gives each step's scores to the plugins, after every processor that the user asked for."""
+class _Scores:
+    """A logits processor that gives each step's scores to the plugins, after every one that the user asked for."""
 
     def __init__(self, host: Host, generation: Generation) -> None:
         self._host = host
@@ -47,6 +46,8 @@ def heard_generate(host: Host) -> Callable[..., Any]:
     """A wrapper of `model.generate` under which `host` hears the scores and knows the step of each call."""
 
     def generate(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from transformers import LogitsProcessorList  # heavy, and already there with a model that generates
+
         if host.current.paused:
             return inner(*args, **kwargs)
         bound = inspect.signature(host.anatomy.model.__class__.generate).bind_partial(host.anatomy.model, *args)  # type: ignore[attr-defined]

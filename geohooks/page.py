@@ -14,9 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from geohooks.errors import ArtifactError
+from geohooks.run import Column, Run
 from geohooks.summary import (
     DomainSummary,
-    Positions,
     Summary,
     WrongToken,
     domain_codes,
@@ -26,7 +26,7 @@ from geohooks.summary import (
     signal_values,
 )
 
-__all__ = ["Excerpt", "Signal", "choose_excerpts", "colour_cuts", "render"]
+__all__ = ["Excerpt", "choose_excerpts", "colour_cuts", "render"]
 
 MOST_TOKENS = 24_000
 MOST_VALUES = 1_500_000
@@ -37,15 +37,6 @@ _RISING = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _SIGNED = (0.5, 0.75, 0.9, 0.97)
 
 Values = NDArray[np.float64]
-
-
-@attrs.frozen
-class Signal:
-    """A signal of the run: the name of its column, its unit, and what it is."""
-
-    name: str
-    unit: str = ""
-    description: str = ""
 
 
 @attrs.frozen
@@ -119,9 +110,9 @@ def colour_cuts(values: Values) -> tuple[bool, list[float]]:
 
 
 def render(
-    run: Positions,
+    run: Run,
     documents: pa.Table,
-    signals: Sequence[Signal],
+    signals: Sequence[Column],
     summary: Summary,
     worst: Sequence[WrongToken],
     excerpts: Sequence[Excerpt],
@@ -145,7 +136,7 @@ def render(
         "worst": _worst(worst, excerpts),
         "documents": {one["document"]: one["name"] for one in documents.to_pylist() if one["document"] in _ids(worst)},
     }
-    folder = resources.files("geohooks.cli")
+    folder = resources.files("geohooks") / "cli"
     page = (folder / "page.html").read_text(encoding="utf-8")
     for mark, content in (
         ("/*style*/", (folder / "page.css").read_text(encoding="utf-8")),
@@ -171,7 +162,7 @@ def _ids(worst: Sequence[WrongToken]) -> set[int]:
     return {one.document for one in worst}
 
 
-def _signals(run: Positions, signals: Sequence[Signal], summary: Summary) -> list[dict[str, Any]]:
+def _signals(run: Run, signals: Sequence[Column], summary: Summary) -> list[dict[str, Any]]:
     domains, codes = domain_codes(run)
     made = []
     for signal in signals:
@@ -209,7 +200,7 @@ def _histogram(values: Values, codes: NDArray[np.intp], domains: int) -> tuple[f
 
 
 def _excerpts(
-    run: Positions, excerpts: Sequence[Excerpt], names: Sequence[str], *, text: bool
+    run: Run, excerpts: Sequence[Excerpt], names: Sequence[str], *, text: bool
 ) -> dict[str, list[dict[str, Any]] | dict[str, str]]:
     word = "token" if text else "token_id"
     rows = rows_of(run, [one.document for one in excerpts], [word, *names]) if excerpts else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import numpy as np
@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from geohooks.errors import ArtifactError
 from geohooks.measures import distribution_health
+from geohooks.run import Column, Run
 
 __all__ = [
     "TAIL_SHARE",
     "DomainSummary",
     "Moments",
-    "Positions",
     "Summary",
     "WrongToken",
     "confident_and_wrong",
@@ -26,7 +27,7 @@ __all__ = [
     "format_number",
     "overview",
     "rows_of",
-    "signal_names",
+    "signal_columns",
     "signal_values",
     "summarise",
     "tail_threshold",
@@ -41,13 +42,6 @@ CONTEXT = 24
 
 Values = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-
-
-class Positions(Protocol):
-    """What has the rows of a run: a `geohooks.run.Run`."""
-
-    def positions(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The positions table, or only its `columns`."""
 
 
 @attrs.frozen
@@ -121,17 +115,17 @@ class WrongToken:
     signals: Mapping[str, float]
 
 
-def signal_names(schema: pa.Schema) -> tuple[str, ...]:
-    """The columns of a positions table that are signals, in its order."""
-    return tuple(name for name in schema.names if name not in KEYS)
+def signal_columns(run: Run) -> tuple[Column, ...]:
+    """The columns of the positions table that are signals, in its order."""
+    return tuple(column for column in run.manifest.columns if column.name not in KEYS)
 
 
-def signal_values(run: Positions, signal: str) -> Values:
+def signal_values(run: Run, signal: str) -> Values:
     """One signal of every position, [rows]; NaN where it is undefined or was measured from NaN logits."""
     return _numbers(run.positions([signal]), signal)
 
 
-def domain_codes(run: Positions) -> tuple[tuple[str, ...], NDArray[np.intp]]:
+def domain_codes(run: Run) -> tuple[tuple[str, ...], NDArray[np.intp]]:
     """The domains by name, and for each row the index of its domain, [rows]."""
     column = run.positions(["domain"])["domain"]
     names, codes = np.unique(np.asarray(column.cast(pa.string()).to_numpy(), dtype=str), return_inverse=True)
@@ -144,12 +138,15 @@ def tail_threshold(forward_kl: Values) -> float | None:
     return float(np.quantile(counted, 1 - TAIL_SHARE, method="higher")) if counted.size else None
 
 
-def summarise(run: Positions, documents: pa.Table, signals: Sequence[str]) -> Summary:
-    """The figures of `signals` by domain; one column is in memory at a time.
+def summarise(run: Run, signals: Sequence[str]) -> Summary:
+    """The figures of `signals` by domain; a few columns are in memory at a time.
 
-    Positions count towards the tail where both the forward KL and the NLL increase are defined.
+    Raises `ArtifactError` where the run has no positions, or lacks a column. Positions count towards the tail where both the forward KL and the NLL increase are defined.
     """
+    documents = run.documents(["domain"])
     domains, codes = domain_codes(run)
+    if not domains:
+        raise ArtifactError(f"the run at '{run.path}' has no tokens: all its documents are empty; measure other data")
     groups = {name: codes == index for index, name in enumerate(domains)} | {WHOLE: codes >= 0}
     moments: dict[str, dict[str, Moments]] = {name: {} for name in groups}
     for signal in signals:
@@ -175,7 +172,7 @@ def summarise(run: Positions, documents: pa.Table, signals: Sequence[str]) -> Su
 
 
 def confident_and_wrong(
-    run: Positions, signals: Sequence[str], count: int, *, text: bool = True
+    run: Run, signals: Sequence[str], count: int
 ) -> tuple[WrongToken, ...]:
     """The `count` worst rows with `top1_probability` > 0.5 and `nll` > log 2, worst first.
 
@@ -192,7 +189,7 @@ def confident_and_wrong(
     rows = np.flatnonzero(wrong)
     worst = rows[np.argsort(-values[rank][rows], kind="stable")[:count]]
     document, position = (table[key].to_numpy() for key in ("document", "position"))
-    read = rows_of(run, [int(one) for one in document[worst]], ["token" if text else "token_id"])
+    read = rows_of(run, [int(one) for one in document[worst]], ["token" if run.manifest.text_kept else "token_id"])
     tokens = {key: _words(rows) for key, rows in read.items()}
     return tuple(
         WrongToken(
@@ -206,13 +203,14 @@ def confident_and_wrong(
     )
 
 
-def rows_of(run: Positions, documents: Sequence[int], columns: Sequence[str]) -> dict[int, pa.Table]:
+def rows_of(run: Run, documents: Sequence[int], columns: Sequence[str]) -> dict[int, pa.Table]:
     """The rows of each of `documents`, sorted by position, with the columns asked for."""
-    table = run.positions(["document", "position", *columns])
-    table = table.filter(pc.is_in(table["document"], value_set=pa.array(sorted(set(documents)), pa.int64())))
+    wanted = pa.array(sorted(set(documents)), pa.int64())
+    parts = (part.positions for part in run.parts(["document", "position", *columns]))
+    table = pa.concat_tables([part.filter(pc.is_in(part["document"], value_set=wanted)) for part in parts])
     table = table.sort_by([("document", "ascending"), ("position", "ascending")])
     found, starts = np.unique(table["document"].to_numpy(), return_index=True)
-    ends = [*starts[1:], table.num_rows]
+    ends = [*starts, table.num_rows][1:]
     return {int(key): table.slice(start, end - start) for key, start, end in zip(found, starts, ends, strict=True)}
 
 
@@ -278,7 +276,7 @@ def _moments(values: Values) -> Moments:
     return Moments(counted.size, float(counted.mean()), float(counted.std()) if finite else math.nan)
 
 
-def _tail(run: Positions, signals: Sequence[str], rows: int) -> tuple[float | None, Mask, Values]:
+def _tail(run: Run, signals: Sequence[str], rows: int) -> tuple[float | None, Mask, Values]:
     if not {"forward_kl", "nll_increase"} <= set(signals):
         return None, np.zeros(rows, bool), np.full(rows, np.nan)
     forward_kl, increase = signal_values(run, "forward_kl"), signal_values(run, "nll_increase")

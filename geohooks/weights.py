@@ -45,13 +45,14 @@ def linear_map(module: nn.Module) -> LinearMap:
     matrix, in evaluation mode and without gradients. An `AdapterError` names what is not linear, or has no
     weights.
     """
-    plain: Any = module
-    if "forward" not in vars(module) and type(module).forward is nn.Linear.forward:
-        return LinearMap(_real(module, plain.weight), plain.bias)
-    if "forward" not in vars(module) and type(module).__name__ == "Conv1D":
-        return LinearMap(_real(module, plain.weight).T, plain.bias)
-    if isinstance(module, torch.ao.nn.quantized.Linear):
-        return LinearMap(plain.weight().dequantize(), plain.bias())
+    layer: Any = module
+    if _is_plain(layer):
+        transposed = type(layer).forward is not nn.Linear.forward
+        with present(layer) as keep:
+            weight = keep(layer.weight)
+            return LinearMap(weight.T if transposed else weight, keep(layer.bias))
+    if hasattr(layer, "_packed_params"):
+        return LinearMap(layer.weight().dequantize(), layer.bias())
     size = getattr(module, "in_features", None)
     if size is None:
         raise AdapterError(
@@ -73,17 +74,21 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def present(module: nn.Module) -> Iterator[None]:
-    """While it lasts, the parameters that `module` itself holds are there, even those offloaded."""
-    if any(weight.is_meta for weight in module.parameters(recurse=False)):
-        if not hasattr(module, "_hf_hook"):
-            raise _without_weights(module)
+def present(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
+    """While it lasts, the parameters that `module` itself holds are there, even those offloaded.
+
+    Gives a function that makes a parameter outlast it: a copy of what is offloaded again, else the thing
+    itself.
+    """
+    if not any(weight.is_meta for weight in module.parameters(recurse=False)):
+        yield lambda weight: weight
+    elif not hasattr(module, "_hf_hook"):
+        raise _without_weights(module)
+    else:
         from accelerate.utils import align_module_device
 
         with align_module_device(module):
-            yield
-    else:
-        yield
+            yield lambda weight: None if weight is None else weight.clone()
 
 
 def expert_parameter(module: nn.Module, expert: int, role: str) -> Tensor:
@@ -115,14 +120,15 @@ def _expert_slice(module: Any, name: str, expert: int) -> Tensor:
             added += [module.get_delta_weight(adapter)[expert] for adapter in active]
         module = module.base_layer
     held: Any = unwrapped(module)
-    with present(held):
-        return sum(added, getattr(held, name)[expert])
+    with present(held) as keep:
+        return sum(added, keep(getattr(held, name)[expert]))
 
 
-def _real(module: nn.Module, weight: Tensor) -> Tensor:
-    if weight.is_meta:
-        raise _without_weights(module)
-    return weight
+def _is_plain(layer: Any) -> bool:
+    """Whether `layer` multiplies with the very parameter it holds: torch's linear layer or transformers' Conv1D."""
+    is_its_own = "forward" not in vars(layer) or hasattr(layer, "_hf_hook")
+    of_class = type(layer).forward is nn.Linear.forward or type(layer).__name__ == "Conv1D"
+    return is_its_own and of_class and type(layer.weight) in (Tensor, nn.Parameter)
 
 
 def _without_weights(module: nn.Module) -> AdapterError:
@@ -159,12 +165,14 @@ def applied_to_identity(module: nn.Module, size: int, forward: Callable[[Tensor]
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where and in what numbers `module` computes."""
     hooks: list[Any] = [inner._hf_hook for inner in module.modules() if hasattr(inner, "_hf_hook")]
-    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+    weights = list(module.parameters())
     devices = [weight.device for weight in weights if not weight.is_meta]
     devices += [torch.device(hook.execution_device) for hook in hooks if hasattr(hook, "execution_device")]
-    if not devices or (any(weight.is_meta for weight in weights) and not hooks):
+    if weights and (not devices or (any(weight.is_meta for weight in weights) and not hooks)):
         raise _without_weights(module)
-    return devices[0], weights[0].dtype
+    # Narrower numbers than half precision are storage: no layer reads them.
+    dtypes = [weight.dtype for weight in weights if weight.is_floating_point() and weight.itemsize > 1]
+    return [*devices, torch.device("cpu")][0], [*dtypes, torch.get_default_dtype()][0]
 
 
 @contextlib.contextmanager

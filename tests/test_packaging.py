@@ -18,7 +18,8 @@ from importlib import metadata
 import geohooks
 from geohooks import zoo
 from geohooks.registry import adapter_for, installed, load_plugin
-found = {group: [(e.name, e.error is None) for e in installed(group)] for group in ("geohooks.plugins", "geohooks.adapters")}
+groups = ("geohooks.plugins", "geohooks.adapters")
+found = {group: [(e.name, e.error is None) for e in installed(group)] for group in groups}
 host = geohooks.instrument(zoo.untrained("qwen3_moe"), ["signals"])
 print(json.dumps({"found": found, "file": geohooks.__file__, "adapter": host.anatomy.adapter.name, "zoo": zoo.names()}))
 """
@@ -40,11 +41,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env")
+    run(sys.executable, "-m", "venv", tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
     # What geohooks depends on is seen through this environment's folder; its own editable install is not.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     answer = json.loads(run(python, "-c", PROBE).splitlines()[-1])
@@ -53,6 +53,7 @@ def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> 
     adapters = {"llama", "qwen", "deepseek", "t5", "vit", "structural"}
     assert adapters <= {name for name, loaded in answer["found"]["geohooks.adapters"] if loaded}
     assert answer["adapter"] == "qwen"
+    assert "signals" in run(tmp_path / "env" / "bin" / "geohooks", "plugins")
     assert {"qwen3-moe-tiny-base", "qwen3-moe-tiny-tuned"} <= set(answer["zoo"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from geohooks.anatomy import Tap
-from geohooks.backends import attention, checkpointing
+from geohooks.backends import checkpointing
 from geohooks.backends.attachment import Attachment
 from geohooks.backends.compiled_graphs import untraced
+from geohooks.backends.outputs import first_tensor, logits_of, loss_of, with_first_tensor, with_logits
 from geohooks.call import Call, Progress
 from geohooks.errors import AdapterError, PluginError
 from geohooks.events import AttentionEvent, HiddenEvent, LogitsEvent, RouterEvent, check_edit
@@ -21,6 +21,7 @@ from geohooks.roster import Listener, hook_of
 from geohooks.sites import Site
 
 if TYPE_CHECKING:
+    from geohooks.backends.attention import AttentionCall
     from geohooks.host import Host
 
 __all__ = ["TorchHooks"]
@@ -57,6 +58,9 @@ class TorchHooks:
         anatomy = self.host.anatomy
         hook = hook_of(site)
         if hook == "on_attention":
+            # Imports transformers, which only such a model is sure to have loaded.
+            from geohooks.backends import attention
+
             block = anatomy.block(site)
             module = block.attention if site.kind == "pattern" else block.cross_attention
             assert module is not None
@@ -77,12 +81,12 @@ class TorchHooks:
             call = current.call
             if call is None:
                 return self._outside(site)
-            value = output if output.__class__ is Tensor else _first(output, site)
+            value = output if output.__class__ is Tensor else first_tensor(output, site)
             event = HiddenEvent(site, call, value, current.recomputing)
             emit(index, listeners, event)
             if event.value is value:
                 return None
-            return event.value if value is output else _with_first(output, event.value)
+            return event.value if value is output else with_first_tensor(output, event.value)
 
         return hook
 
@@ -118,7 +122,9 @@ class TorchHooks:
 
         return hook
 
-    def _attention_listener(self, index: int, site: Site, listeners: Listeners) -> attention.AttentionCall:
+    def _attention_listener(self, index: int, site: Site, listeners: Listeners) -> AttentionCall:
+        from geohooks.backends.attention import is_causal
+
         current, emit = self.current, self._emit
 
         def listener(
@@ -138,7 +144,7 @@ class TorchHooks:
                 options.get("scaling") or states[0].shape[-1] ** -0.5,
                 bias=options.get("position_bias"),
                 sinks=options.get("s_aux", getattr(module, "sinks", None)),
-                causal=attention.is_causal(module, options),
+                causal=is_causal(module, options),
                 recomputing=current.recomputing,
             )
             emit(index, listeners, event)
@@ -279,16 +285,16 @@ class TorchHooks:
             yield site
 
     def _logits(self, index: int, listeners: Listeners, call: Call, output: Any) -> Any:
-        value = _find_logits(output, call)
+        value = logits_of(output, self.model)
         event = LogitsEvent(self.sites[index], call, value, compiled=self.host.compiled)
         self._emit(index, listeners, event)
         if event.value is value:
             return output
-        return _with_logits(output, event.value, self._loss_change(call, output, value, event.value))
+        return with_logits(output, event.value, self._loss_change(call, output, value, event.value))
 
     def _loss_change(self, call: Call, output: Any, before: Tensor, after: Tensor) -> Tensor | None:
         """What the edit adds to the loss: the family's own loss of the new logits less that of the old ones."""
-        if call.labels is None or _loss(output) is None:
+        if call.labels is None or loss_of(output) is None:
             return None
         adapter = self.host.anatomy.adapter
         new = adapter.loss(self.model, after, call.inputs)
@@ -296,7 +302,7 @@ class TorchHooks:
         if new is None or old is None:
             raise PluginError(
                 f"logits of {type(self.model).__name__} were edited in a call with labels, but adapter "
-                f"'{adapter.name}' does not know its loss; call the model without labels and compute the loss from the logits"
+                f"'{adapter.name}' does not know its loss; call it without labels and compute the loss from the logits"
             )
         return new - old
 
@@ -325,61 +331,3 @@ def _same(value: Any) -> Any:
 
 def _given(inputs: Mapping[str, Any]) -> Iterator[str]:
     return (name for name, value in inputs.items() if value is not None)
-
-
-def _first(output: Any, site: Site) -> Tensor:
-    value = output if isinstance(output, Tensor) else output[0]
-    if not isinstance(value, Tensor):
-        raise AdapterError(f"'{site}' gave {type(output).__name__} whose first item is no tensor")
-    return value
-
-
-def _with_first(output: Any, value: Tensor) -> Any:
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, (tuple, list)):
-        return type(output)((value, *output[1:]))
-    changed = copy.copy(output)
-    changed[next(iter(changed))] = value
-    return changed
-
-
-def _logits_index(output: tuple[Any, ...]) -> int:
-    """Where a plain tuple has its logits: after the loss, where there is one."""
-    return 1 if isinstance(output[0], Tensor) and output[0].dim() == 0 else 0
-
-
-def _loss(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return None
-    if isinstance(output, tuple):
-        return output[0] if _logits_index(output) == 1 else None
-    return output.get("loss")
-
-
-def _find_logits(output: Any, call: Call) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    value = output[_logits_index(output)] if isinstance(output, tuple) else output.get("logits")
-    if not isinstance(value, Tensor):
-        raise AdapterError(
-            f"{type(call.anatomy.model).__name__} returned {type(output).__name__} without logits; "
-            "ask for other sites, or use a model with a head"
-        )
-    return value
-
-
-def _with_logits(output: Any, logits: Tensor, loss_change: Tensor | None) -> Any:
-    if isinstance(output, Tensor):
-        return logits
-    if isinstance(output, tuple):
-        items = list(output)
-        items[_logits_index(output)] = logits
-        if loss_change is not None:
-            items[0] = items[0] + loss_change
-        return tuple(items)
-    changed = copy.copy(output)
-    changed["logits"] = logits
-    if loss_change is not None:
-        changed["loss"] = changed["loss"] + loss_change
-    return changed

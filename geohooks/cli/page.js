@@ -191,12 +191,14 @@ function describe(i) {
   const one = data.excerpts[state.excerpt], panel = byId("values");
   byId("text").querySelector(".chosen")?.classList.remove("chosen");
   if (i === null || !one) {
+    ring();
     panel.replaceChildren(element("p", { textContent: "Point at a token, or move with the arrow keys, to read its values." }));
     return;
   }
   byId("text").children[i].classList.add("chosen");
   const at = one.start + i, row = one.offset + i;
   const value = (name, r, there) => element("td", { textContent: there ? format(column(name)[r]) : "–" });
+  ring();
   panel.replaceChildren(
     element("h3", { textContent: quoted(one.tokens[i]) }),
     element("p", { textContent: `token ${at} of ${one.name}, ${one.domain}` }),
@@ -238,10 +240,9 @@ function tip(span, i) {
 function listenToText() {
   const text = byId("text");
   const place = target => target.parentElement === text ? [...text.children].indexOf(target) : -1;
-  text.onmouseover = text.onfocus = null;
   text.addEventListener("mouseover", event => {
     const i = place(event.target);
-    if (i >= 0) { describe(i); tip(event.target, i); drawPlane(); }
+    if (i >= 0) { describe(i); tip(event.target, i); }
   });
   text.addEventListener("mouseleave", () => { byId("tip").hidden = true; });
   text.addEventListener("scroll", () => { byId("tip").hidden = true; });
@@ -252,7 +253,6 @@ function listenToText() {
     event.target.tabIndex = 0;
     describe(i);
     tip(event.target, i);
-    drawPlane();
   });
   text.addEventListener("keydown", event => {
     const to = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
@@ -329,11 +329,13 @@ function drawPlane() {
     pen.beginPath(); pen.arc(scaleX(one.h), scaleY(one.v), size, 0, 7); pen.fill();
   }
   pen.globalAlpha = 1;
-  const here = state.token ? drawn.find(one => one.excerpt === state.excerpt && one.row === state.token - 1) : null;
-  if (here) {
-    pen.strokeStyle = css("--ring"); pen.lineWidth = 2;
-    pen.beginPath(); pen.arc(scaleX(here.h), scaleY(here.v), 6, 0, 7); pen.stroke();
-  }
+  ring();
+}
+
+function ring() {
+  const here = state.token && drawn.find(one => one.excerpt === state.excerpt && one.row === state.token - 1);
+  byId("ring").hidden = !here;
+  if (here) Object.assign(byId("ring").style, { left: `${scaleX(here.h)}px`, top: `${scaleY(here.v)}px` });
 }
 
 function listenToPlane() {

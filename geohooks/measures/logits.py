@@ -8,7 +8,6 @@ import attrs
 import torch
 from torch import Tensor
 
-from geohooks.measures.moments import pair_moments, row_moments
 from geohooks.measures.row_chunks import computing_dtype
 from geohooks.measures.row_gradients import PairStatistics, RowStatistics
 
@@ -69,9 +68,9 @@ def logit_stats(
     >>> [round(float(x), 4) for x in (stats.entropy, stats.renyi2, stats.varentropy, stats.residual)]
     [0.8018, 0.6162, 0.4944, 0.0616]
     """
-    dtype = _check(logits)
+    _check(logits)
     wanted = _scored(targets, logits, logits.shape[-1], logits.shape[-1], ignore_index)
-    *statistics, _ = RowStatistics.apply(logits, wanted, row_moments)
+    *statistics, _ = RowStatistics.apply(logits, wanted, compiled)
     return _stats(statistics, logits.shape[:-1])
 
 
@@ -91,7 +90,7 @@ def compare_logits(
     shared = min(tuned.shape[-1], base.shape[-1])
     wanted = _scored(targets, tuned, shared, max(tuned.shape[-1], base.shape[-1]), ignore_index)
     leading = tuned.shape[:-1]
-    found = PairStatistics.apply(tuned, base, wanted, shared, pair_moments)
+    found = PairStatistics.apply(tuned, base, wanted, shared, compiled)
     of_tuned, of_base = _stats(found[:6], leading), _stats(found[7:13], leading)
     top_tuned, top_base = found[6], found[13]
     forward_kl, reverse_kl, jensen_shannon = (value.view(leading) for value in found[14:])
@@ -111,10 +110,10 @@ def compare_logits(
     )
 
 
-def _check(logits: Tensor) -> torch.dtype:
+def _check(logits: Tensor) -> None:
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits are [..., vocabulary] with at least one id, got the shape {tuple(logits.shape)}")
-    return computing_dtype(logits.dtype)
+    computing_dtype(logits.dtype)
 
 
 def _scored(targets: Tensor | None, logits: Tensor, known: int, vocabulary: int, ignore_index: int) -> Tensor | None:

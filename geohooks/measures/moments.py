@@ -1,12 +1,8 @@
-"""Sums over the vocabulary, row by row: what every statistic of logits is made from.
-
-A distribution p is centred on its largest logit: x = logit - max <= 0, p = e^x / s, log p = x - log s. Logits of -inf
-have p = 0; products of that zero with the infinite x are not numbers, and `nansum` counts them as the nothing that
-they are. A row with NaN or +inf, or with nothing but -inf, has s = NaN, and through s every statistic.
-"""
+"""What is kept of each row of logits, gathered in one pass over row chunks."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import attrs
@@ -14,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geohooks.measures.row_chunks import computing_dtype, matrices, rows_at_once
+from geohooks.measures.compiled_sums import CompiledRowSums
+from geohooks.measures.row_chunks import chunks, computing_dtype, rows_at_once
+from geohooks.measures.row_sums import CROSS_SUMS, OWN_SUMS, RowSums
 
 __all__ = ["Divergences", "Moments", "pair_moments", "row_moments", "top_two"]
 
@@ -68,104 +66,63 @@ def top_two(logits: Tensor) -> tuple[Tensor, Tensor]:
     return values, candidates.gather(1, places)
 
 
-class _Sums:
-    """Sums over one distribution, filled chunk by chunk."""
+class _Rows:
+    """What is gathered of one distribution, chunk by chunk."""
 
-    def __init__(self, logits: Tensor, width: int) -> None:
-        rows, dtype, device = logits.shape[:-1].numel(), computing_dtype(logits.dtype), logits.device
-        self.maximum, self.second, self.s, self.sx, self.sxx, self.ss = torch.empty((6, rows), dtype=dtype, device=device)
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.sums = torch.empty((OWN_SUMS, rows), dtype=dtype, device=device)
+        self.largest = torch.empty((rows, 2), dtype=dtype, device=device)
         self.top = torch.empty((rows, 2), dtype=torch.int64, device=device)
-        chunk = (min(rows, rows_at_once(width, dtype, device)), width)
-        self.x, self.e = torch.empty((2, *chunk), dtype=dtype, device=device)
 
-    def add(self, rows: slice, logits: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over the rows of `logits` `[rows, width]`; answers x and e^x, which stay until the next call."""
-        x, e = self.x[: logits.shape[0]], self.e[: logits.shape[0]]
-        if logits.dtype != x.dtype:
-            logits = x.copy_(logits)
-        values, self.top[rows] = top_two(logits)
-        self.maximum[rows] = values[:, 0]
-        self.second[rows] = values[:, 1]
-        torch.sub(logits, values[:, :1], out=x)
-        torch.exp(x, out=e)
-        torch.sum(e, 1, out=self.s[rows])
-        torch.mul(e, e, out=product)
-        torch.sum(product, 1, out=self.ss[rows])
-        torch.mul(e, x, out=product)
-        torch.nansum(product, 1, out=self.sx[rows])
-        product.mul_(x)
-        torch.nansum(product, 1, out=self.sxx[rows])
-        return x, e
+    def maximum(self, rows: slice, logits: Tensor) -> Tensor:
+        """Find the two largest logits of a chunk; answers the largest, `[rows, 1]`."""
+        self.largest[rows], self.top[rows] = top_two(logits)
+        return self.largest[rows, :1]
 
     def moments(self) -> Moments:
-        log_sum = self.s.log()
-        mean = self.sx / self.s
+        s, ss, sx, sxx = self.sums
+        log_sum, mean = s.log(), sx / s
+        maximum, second = self.largest.unbind(1)
         return Moments(
-            maximum=self.maximum,
+            maximum=maximum,
             log_sum=log_sum,
             entropy=(log_sum - mean).clamp_(min=0),
-            renyi2=(2 * log_sum - self.ss.log()).clamp_(min=0),
-            varentropy=(self.sxx / self.s - mean * mean).clamp_(min=0),
-            second=self.second - self.maximum,
+            renyi2=(2 * log_sum - ss.log()).clamp_(min=0),
+            varentropy=(sxx / s - mean * mean).clamp_(min=0),
+            second=second - maximum,
             top=self.top,
         )
 
 
-def row_moments(logits: Tensor) -> Moments:
-    """The moments of every row of `logits` `[..., width]`, in one pass over row chunks."""
-    width = logits.shape[-1]
-    sums = _Sums(logits, width)
-    product = torch.empty_like(sums.x)
-    for start, (matrix,) in matrices((logits,)):
-        for first in range(0, matrix.shape[0], len(product)):
-            chunk = matrix[first : first + len(product)]
-            sums.add(slice(start + first, start + first + len(chunk)), chunk, product[: len(chunk)])
-    return sums.moments()
+def row_moments(logits: Tensor, *, compiled: bool = False) -> Moments:
+    """The moments of every row of `logits` `[..., width]`."""
+    (gathered,), sums, at_once = _prepare((logits,), compiled=compiled)
+    for rows, (chunk,) in chunks((logits,), at_once):
+        sums.one(chunk, gathered.maximum(rows, chunk), gathered.sums[:, rows])
+    return gathered.moments()
 
 
-def pair_moments(tuned: Tensor, base: Tensor) -> tuple[Moments, Moments, Divergences]:
-    """The moments of every row of `tuned` and `base` `[..., width]` and what lies between them, in one pass."""
-    width = tuned.shape[-1]
-    t, b = _Sums(tuned, width), _Sums(base, width)
-    product = torch.empty_like(t.x)
-    from_base, from_tuned, mixture = torch.empty((3, len(t.s)), dtype=t.s.dtype, device=t.s.device)
-    for start, pair in matrices((tuned, base)):
-        for first in range(0, pair[0].shape[0], len(product)):
-            chunks = [matrix[first : first + len(product)] for matrix in pair]
-            rows = slice(start + first, start + first + len(chunks[0]))
-            scratch = product[: len(chunks[0])]
-            xt, et = t.add(rows, chunks[0], scratch)
-            xb, eb = b.add(rows, chunks[1], scratch)
-            _add_pair(rows, (xt, et, t.s[rows, None]), (xb, eb, b.s[rows, None]), from_base, from_tuned, mixture, scratch)
-    tuned_moments, base_moments = t.moments(), b.moments()
-    return tuned_moments, base_moments, _divergences(
-        tuned_moments, base_moments, from_base / b.s, from_tuned / t.s, mixture
-    )
+def pair_moments(tuned: Tensor, base: Tensor, *, compiled: bool = False) -> tuple[Moments, Moments, Divergences]:
+    """The moments of every row of `tuned` and `base` `[..., width]`, and what lies between them."""
+    (t, b), sums, at_once = _prepare((tuned, base), compiled=compiled)
+    cross = torch.empty((CROSS_SUMS, len(t.top)), dtype=t.sums.dtype, device=t.sums.device)
+    for rows, (of_tuned, of_base) in chunks((tuned, base), at_once):
+        maxima = t.maximum(rows, of_tuned), b.maximum(rows, of_base)
+        sums.pair((of_tuned, of_base), maxima, (t.sums[:, rows], b.sums[:, rows]), cross[:, rows])
+    moments = t.moments(), b.moments()
+    from_tuned, from_base, mixture = cross[0] / t.sums[0], cross[1] / b.sums[0], cross[2]
+    return *moments, _divergences(*moments, from_tuned, from_base, mixture)
 
 
-def _add_pair(
-    rows: slice,
-    tuned: tuple[Tensor, Tensor, Tensor],
-    base: tuple[Tensor, Tensor, Tensor],
-    from_base: Tensor,
-    from_tuned: Tensor,
-    mixture: Tensor,
-    product: Tensor,
-) -> None:
-    """Sum over the rows of a pair, each given as x, e^x and s; x and e^x are used up."""
-    (xt, et, st), (xb, eb, sb) = tuned, base
-    difference = xt.sub_(xb)
-    torch.mul(et, difference, out=product)
-    torch.nansum(product, 1, out=from_tuned[rows])
-    torch.mul(eb, difference, out=product)
-    torch.nansum(product, 1, out=from_base[rows])
-    torch.addcmul(eb.div_(sb), et, st.reciprocal(), out=product)
-    torch.log(product, out=eb)
-    product.mul_(eb)
-    torch.nansum(product, 1, out=mixture[rows])
+def _prepare(logits: tuple[Tensor, ...], *, compiled: bool) -> tuple[list[_Rows], RowSums, int]:
+    rows, width, device = logits[0].shape[:-1].numel(), logits[0].shape[-1], logits[0].device
+    dtype = functools.reduce(torch.promote_types, (computing_dtype(one.dtype) for one in logits))
+    at_once = max(1, min(rows, rows_at_once(width, dtype, device)))
+    kind = CompiledRowSums if compiled else RowSums
+    return [_Rows(rows, dtype, device) for _ in logits], kind(at_once, width, dtype, device, sides=len(logits)), at_once
 
 
-def _divergences(tuned: Moments, base: Moments, from_base: Tensor, from_tuned: Tensor, mixture: Tensor) -> Divergences:
+def _divergences(tuned: Moments, base: Moments, from_tuned: Tensor, from_base: Tensor, mixture: Tensor) -> Divergences:
     """From the mean of x_tuned - x_base under each, and the sum of 2m log 2m over the mixture m."""
     shift = tuned.log_sum - base.log_sum
     forward_kl = (shift - from_base).clamp_(min=0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["computing_dtype", "matrices", "rows_at_once"]
+__all__ = ["chunks", "computing_dtype", "rows_at_once"]
 
 # Eight to ten rows of a vocabulary of fifty thousand: five scratch tensors of this size stay under 9 MiB.
 _CPU_SCRATCH_BYTES = 7 << 18
@@ -29,20 +29,29 @@ def rows_at_once(width: int, dtype: torch.dtype, device: torch.device) -> int:
     return min(rows, 32) if device.type == "cpu" else rows
 
 
-def matrices(tensors: tuple[Tensor, ...], start: int = 0) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Views `[rows, width]` that together cover `tensors`, which have one leading shape, each with its first row's number.
+def chunks(tensors: tuple[Tensor, ...], at_once: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Views `[rows, width]` of at most `at_once` rows that together cover `tensors`, and which rows they are.
 
-    Nothing is copied: where strides do not allow one view, there are several.
+    The tensors have one leading shape. Nothing is copied, whatever the strides.
     """
+    for start, group in _matrices(tensors, 0):
+        rows = len(group[0])
+        for first in range(0, rows, at_once):
+            last = min(first + at_once, rows)
+            yield slice(start + first, start + last), [matrix[first:last] for matrix in group]
+
+
+def _matrices(tensors: tuple[Tensor, ...], start: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Views `[rows, width]`, each with its first row's number: as few as the strides allow."""
     leading = tensors[0].shape[:-1]
     if leading.numel() == 0:
         return
     if all(_is_matrix(tensor) for tensor in tensors):
-        yield start, tuple(_matrix(tensor) for tensor in tensors)
+        yield start, [tensor.view(leading.numel(), tensor.shape[-1]) for tensor in tensors]
         return
     step = leading[1:].numel()
     for number, parts in enumerate(zip(*(tensor.unbind(0) for tensor in tensors), strict=True)):
-        yield from matrices(parts, start + number * step)
+        yield from _matrices(parts, start + number * step)
 
 
 def _is_matrix(tensor: Tensor) -> bool:
@@ -52,7 +61,3 @@ def _is_matrix(tensor: Tensor) -> bool:
         outer_stride == inner_size * inner_stride
         for (_, outer_stride), (inner_size, inner_stride) in zip(kept[:-1], kept[1:], strict=True)
     )
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.view(tensor.shape[:-1].numel(), tensor.shape[-1])

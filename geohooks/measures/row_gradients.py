@@ -7,7 +7,6 @@ by q's q - p; for the Jensen-Shannon divergence with mixture m, p (log p/m - KL(
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from geohooks.measures.moments import Divergences, Moments
-from geohooks.measures.row_chunks import matrices, rows_at_once
+from geohooks.measures.moments import Divergences, Moments, pair_moments, row_moments
+from geohooks.measures.row_chunks import chunks, rows_at_once
 
 __all__ = ["PairStatistics", "RowStatistics"]
 
@@ -25,18 +24,16 @@ _LOG_ZERO = -1e15
 
 
 class RowStatistics(torch.autograd.Function):
-    """`(logits, targets, moments)` to entropy, renyi2, varentropy, top probability, second, NLL, ids of the top two.
+    """`(logits, targets, compiled)` to entropy, renyi2, varentropy, top probability, second, NLL, ids of the top two.
 
     `targets` are ids `[rows]`, -1 where there is nothing to score, or None: then there is no NLL.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor | None, moments: Callable[[Tensor], Moments]
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor | None, compiled: bool) -> tuple[Tensor | None, ...]:
         """Every statistic `[rows]`."""
         ctx.set_materialize_grads(False)
-        found = moments(logits)
+        found = row_moments(logits, compiled=compiled)
         ctx.save_for_backward(logits, targets, *attrs.astuple(found))
         ctx.mark_non_differentiable(found.top)
         return *_statistics(logits, targets, found), found.top
@@ -52,7 +49,7 @@ class RowStatistics(torch.autograd.Function):
 
 
 class PairStatistics(torch.autograd.Function):
-    """`(tuned, base, targets, shared, moments)` to what `RowStatistics` gives of each, and the three divergences.
+    """`(tuned, base, targets, shared, compiled)` to what `RowStatistics` gives of each, and the three divergences.
 
     Both are read up to their first `shared` ids.
     """
@@ -64,12 +61,12 @@ class PairStatistics(torch.autograd.Function):
         base: Tensor,
         targets: Tensor | None,
         shared: int,
-        moments: Callable[[Tensor, Tensor], tuple[Moments, Moments, Divergences]],
+        compiled: bool,
     ) -> tuple[Tensor | None, ...]:
         """Every statistic `[rows]`: seven of tuned, seven of base, three of the pair."""
         ctx.set_materialize_grads(False)
         ctx.shared = shared
-        of_tuned, of_base, between = moments(tuned[..., :shared], base[..., :shared])
+        of_tuned, of_base, between = pair_moments(tuned[..., :shared], base[..., :shared], compiled=compiled)
         saved = (*attrs.astuple(of_tuned), *attrs.astuple(of_base), *attrs.astuple(between))
         ctx.save_for_backward(tuned, base, targets, *saved)
         ctx.mark_non_differentiable(of_tuned.top, of_base.top)
@@ -131,9 +128,7 @@ class _Side:
         if self.buffer is not None:
             self.buffer[..., width:] = 0
         zero = torch.zeros_like(moments.entropy)
-        entropy, renyi2, varentropy, top1, second, nll = (
-            None if gradient is None else gradient for gradient in gradients
-        )
+        entropy, renyi2, varentropy, top1, second, nll = gradients
         self.quadratic = None if varentropy is None else varentropy[:, None]
         self.linear = None
         if entropy is not None or varentropy is not None:
@@ -164,6 +159,22 @@ class _Side:
             self.other = other[:, None]
             self.constant = self.constant + other[:, None]
 
+    def log_probabilities(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
+        """log p of a chunk, in `out`."""
+        return out.copy_(logits).sub_(self.log_total[rows]).clamp_(min=_LOG_ZERO)
+
+    def add_own_terms(self, rows: slice, log: Tensor, probability: Tensor, total: Tensor, spare: Tensor) -> None:
+        """Start `total` with the polynomial in p and u, to be multiplied by p."""
+        if self.square is None:
+            total.copy_(self.constant[rows].expand_as(total))
+        else:
+            torch.addcmul(self.constant[rows], probability, self.square[rows], out=total)
+        if self.linear is not None:
+            u = torch.add(log, self.entropy[rows], out=spare)
+            total.addcmul_(u, self.linear[rows])
+            if self.quadratic is not None:
+                total.addcmul_(u.square_(), self.quadratic[rows])
+
     def silent(self, shannon: Tensor | None) -> Tensor:
         """Rows whose statistics no gradient reaches: theirs is 0, whatever the row holds."""
         terms = [self.constant, self.linear, self.quadratic, self.square, self.ratio, self.other, shannon]
@@ -182,51 +193,29 @@ def _scaled(gradient: Tensor, value: Tensor) -> Tensor:
 
 def _fill(sides: tuple[_Side, ...], shannon: Tensor | None) -> None:
     """Write the gradient of every side that has a buffer; `shannon` is half of the Jensen-Shannon gradient."""
-    first = sides[0]
-    dtype, device, width = first.entropy.dtype, first.logits.device, first.logits.shape[-1]
-    chunk = rows_at_once(width, dtype, device)
-    scratch = torch.empty((2 * len(sides) + 3, chunk, width), dtype=dtype, device=device)
+    dtype, device, width = sides[0].entropy.dtype, sides[0].logits.device, sides[0].logits.shape[-1]
+    at_once = max(1, min(len(sides[0].entropy), rows_at_once(width, dtype, device)))
+    scratch = torch.empty((2 * len(sides) + 3, at_once, width), dtype=dtype, device=device)
+    written = [number for number, side in enumerate(sides) if side.buffer is not None]
     silent = [side.silent(shannon) for side in sides]
-    written = [side for side in sides if side.buffer is not None]
-    views = tuple(side.logits for side in sides) + tuple(side.buffer[..., :width] for side in written)
-    for start, group in matrices(views):
-        for begin in range(0, group[0].shape[0], chunk):
-            parts = [matrix[begin : begin + chunk] for matrix in group]
-            rows = slice(start + begin, start + begin + len(parts[0]))
-            work = scratch[:, : len(parts[0])]
-            outputs = iter(parts[len(sides) :])
-            logs = [_log_probabilities(side, part, rows, out) for side, part, out in zip(sides, parts, work[3:], strict=False)]
-            probabilities = [torch.exp(log, out=out) for log, out in zip(logs, work[3 + len(sides) :], strict=True)]
-            mixture = None
+    buffers = [side.buffer[..., :width] for side in sides if side.buffer is not None]
+    for rows, parts in chunks((*(side.logits for side in sides), *buffers), at_once):
+        total, spare, blend, *work = scratch[:, : len(parts[0])]
+        logs = [side.log_probabilities(rows, part, out) for side, part, out in zip(sides, parts, work, strict=False)]
+        probabilities = [torch.exp(log, out=out) for log, out in zip(logs, work[len(sides) :], strict=True)]
+        if shannon is not None:
+            torch.add(*probabilities, out=blend).div_(2).log_().clamp_(min=_LOG_ZERO)
+        for number, out in zip(written, parts[len(sides) :], strict=True):
+            side, log, probability = sides[number], logs[number], probabilities[number]
+            side.add_own_terms(rows, log, probability, total, spare)
+            if side.ratio is not None:
+                total.addcmul_(torch.sub(log, logs[1 - number], out=spare), side.ratio[rows])
             if shannon is not None:
-                mixture = torch.add(*probabilities, out=work[2]).div_(2).log_().clamp_(min=_LOG_ZERO)
-            for side, log, probability, quiet in zip(sides, logs, probabilities, silent, strict=True):
-                if side.buffer is None:
-                    continue
-                total = torch.mul(probability, 0 if side.square is None else side.square[rows], out=work[0])
-                total.add_(side.constant[rows])
-                spare = work[1]
-                if len(sides) > 1:
-                    other = 1 - sides.index(side)
-                    if side.ratio is not None:
-                        total.addcmul_(torch.sub(log, logs[other], out=spare), side.ratio[rows])
-                    if mixture is not None and shannon is not None:
-                        torch.sub(log, mixture, out=spare)
-                        mean = (spare * probability).sum(1, keepdim=True)
-                        total.addcmul_(spare.sub_(mean), shannon[rows])
-                if side.linear is not None:
-                    u = torch.add(log, side.entropy[rows], out=spare)
-                    total.addcmul_(u, side.linear[rows])
-                    if side.quadratic is not None:
-                        total.addcmul_(u.square_(), side.quadratic[rows])
-                total.mul_(probability)
-                if len(sides) > 1 and side.other is not None:
-                    total.addcmul_(probabilities[1 - sides.index(side)], side.other[rows], value=-1)
-                for ids, weight in side.points:
-                    total.scatter_add_(1, ids[rows], weight[rows])
-                total.masked_fill_(quiet[rows], 0)
-                next(outputs).copy_(total)
-
-
-def _log_probabilities(side: _Side, logits: Tensor, rows: slice, out: Tensor) -> Tensor:
-    return torch.sub(out.copy_(logits), side.log_total[rows], out=out).clamp_(min=_LOG_ZERO)
+                mean = torch.sub(log, blend, out=spare).mul_(probability).sum(1, keepdim=True)
+                total.addcmul_(torch.sub(log, blend, out=spare).sub_(mean), shannon[rows])
+            total.mul_(probability)
+            if side.other is not None:
+                total.addcmul_(probabilities[1 - number], side.other[rows], value=-1)
+            for ids, weight in side.points:
+                total.scatter_add_(1, ids[rows], weight[rows])
+            out.copy_(total.masked_fill_(silent[number][rows], 0))

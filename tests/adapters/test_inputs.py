@@ -14,7 +14,7 @@ def labelled(found, ignored=True):
     return labels
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v3", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v3", "opt", "bert"])
 def test_the_loss_is_the_models_own(subject, name):
     found = subject(name)
     labels = labelled(found)

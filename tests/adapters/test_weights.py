@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from geohooks.anatomy import Tap
 from geohooks.errors import AdapterError
 from geohooks.weights import LinearMap, linear_map
 
@@ -49,6 +50,8 @@ PROJECTIONS = {
     },
     "opt": {**ATTENTION, "o": "self_attn.out_proj", "up": "fc1", "down": "fc2"},
 }
+# PEFT asks transformers by a name that transformers has replaced.
+PEFT_IS_BEHIND = "ignore:.*is_gradient_checkpointing.*:FutureWarning"
 LATENT = {"deepseek_v2": ("q", "k", "v"), "deepseek_v3": ("q", "k", "v"), "deepseek_v3_biased": ("k", "v")}
 
 
@@ -117,6 +120,7 @@ def test_a_plain_weight_is_the_parameter_itself(subject):
     assert conv.adapter.weight(conv.block(), "up").data_ptr() == module.weight.data_ptr()
 
 
+@pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(
     ("name", "targets"),
@@ -146,6 +150,7 @@ def test_adapted_weights_are_the_merged_ones(subject, subject_of, name, targets,
     assert all(module.training for module in tuned.modules()), "materialising leaves training mode on"
 
 
+@pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 def test_adapted_experts_are_the_merged_ones(subject, subject_of):
     config = peft.LoraConfig(
         r=2,
@@ -170,7 +175,7 @@ def test_adapted_experts_are_the_merged_ones(subject, subject_of):
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3", "t5"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "deepseek_v3", "t5", "gpt2"])
 def test_offloaded_weights_are_brought(subject, subject_of, name):
     plain = subject(name)
     model = copy.deepcopy(plain.model)
@@ -179,6 +184,8 @@ def test_offloaded_weights_are_brought(subject, subject_of, name):
     assert all(weight.is_meta for weight in block.module.parameters())
     for role in adapter.roles(plain.block()):
         assert torch.equal(adapter.weight(block, role), adapter.weight(plain.block(), role)), role
+        biases = adapter.bias(block, role), adapter.bias(plain.block(), role)
+        assert biases == (None, None) or torch.equal(*biases), role
     if block.experts is not None:
         ours, theirs = (adapter.expert_weight(one, 2, "gate") for one in (block, plain.block()))
         assert torch.equal(ours, theirs)
@@ -187,7 +194,40 @@ def test_offloaded_weights_are_brought(subject, subject_of, name):
     assert all(weight.is_meta for weight in block.module.parameters()), "they are offloaded again"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(PEFT_IS_BEHIND)
+def test_adapted_and_offloaded_weights_are_the_merged_ones(subject, subject_of):
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(subject("qwen2").model, config)
+    merged = subject_of(copy.deepcopy(tuned).merge_and_unload())
+    model = tuned.get_base_model()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    block = merged.adapter.anatomy(model).main.blocks[-1]
+    for read in (merged.adapter.weight, merged.adapter.bias):
+        torch.testing.assert_close(read(block, "q"), read(merged.block(), "q"))
+
+
+@pytest.mark.filterwarnings(PEFT_IS_BEHIND)
+def test_a_router_that_is_trained_whole_is_the_one_that_runs(subject, subject_of, heard):
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
+    tuned = peft.get_peft_model(copy.deepcopy(subject("qwen3_moe").model), config)
+    with torch.no_grad():
+        tuned.get_base_model().model.layers[-1].mlp.gate.modules_to_save["default"].weight.neg_()
+    found = subject_of(tuned.get_base_model())
+    block = found.block()
+    site = next(site for site in block.sites() if site.kind == "router")
+    with heard({site: block.taps["router"], "hidden": Tap(block.experts.router, "input")}) as values:
+        found.run()
+        again = found.adapter.route(block, values["hidden"], values[site][0])
+        assert all(torch.equal(one, other) for one, other in zip(values[site], again, strict=True))
+        trained = found.adapter.weight(block, "router")
+        with tuned.disable_adapter():
+            found.run()
+            torch.testing.assert_close(found.adapter.weight(block, "router"), -trained)
+    torch.testing.assert_close(values[site][0], values["hidden"] @ -trained.T)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_quantised_weights_are_those_that_the_model_multiplies_with(subject):
     found = subject("llama")
     exact = found.adapter.weight(found.block(), "q").detach().clone()
@@ -228,7 +268,7 @@ def test_what_has_no_matrix_is_refused_by_name(subject, module, words):
 
 def test_a_role_that_the_block_lacks_is_refused_with_those_it_has(subject):
     found = subject("vit")
-    with pytest.raises(AdapterError, match="ViTLayer has no weight 'gate'.*it has q, k, v, o, up, down"):
+    with pytest.raises(AdapterError, match=r"ViTLayer has no weight 'gate'.*it has q, k, v, o, up, down"):
         found.adapter.weight(found.block(), "gate")
 
 
