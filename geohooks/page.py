@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -22,11 +22,13 @@ from geohooks.summary import (
     domain_codes,
     format_number,
     overview,
+    remarks,
     rows_of,
+    signal_columns,
     signal_values,
 )
 
-__all__ = ["Excerpt", "choose_excerpts", "colour_cuts", "render"]
+__all__ = ["Excerpt", "choose_excerpts", "colour_cuts", "facts", "render"]
 
 MOST_TOKENS = 24_000
 MOST_VALUES = 1_500_000
@@ -111,31 +113,50 @@ def colour_cuts(values: Values) -> tuple[bool, list[float]]:
 
 def render(
     run: Run,
-    documents: pa.Table,
-    signals: Sequence[Column],
     summary: Summary,
     worst: Sequence[WrongToken],
-    excerpts: Sequence[Excerpt],
     *,
-    facts: Mapping[str, str],
-    notes: Iterable[str] = (),
-    chosen: str | None = None,
-    text: bool = True,
+    signal: str | None = None,
+    documents: Sequence[int] = (),
 ) -> str:
-    """The page. `facts` name the models and the data; `chosen` is the signal that colours the text at first."""
-    names = [signal.name for signal in signals]
+    """The page of `run`: `signal` colours the text at first, and only `documents` are shown where any are given.
+
+    Raises `ArtifactError` for a document that the run does not have.
+    """
+    signals = signal_columns(run)
+    names = [column.name for column in signals]
+    listing = run.documents(["document", "name", "domain", "tokens"])
+    most = min(MOST_TOKENS, MOST_VALUES // max(1, len(names)))
+    excerpts = choose_excerpts(listing, {one.document: one.position for one in reversed(worst)}, most, documents)
     data: dict[str, Any] = {
-        "facts": list(facts.items()),
-        "notes": [*_sample(documents, excerpts, run_tokens=summary.whole.tokens), *notes],
+        "facts": list(facts(run).items()),
+        "notes": [*_sample(listing, excerpts, summary.whole.tokens), *remarks(run, summary)],
         "overview": overview(summary),
         "domains": [one.domain for one in summary.domains],
         "signals": _signals(run, signals, summary),
-        "chosen": chosen if chosen is not None else _first_choice(names),
-        "text": text,
-        **_excerpts(run, excerpts, names, text=text),
+        "chosen": signal or _first_choice(names),
+        "text": run.manifest.text_kept,
         "worst": _worst(worst, excerpts),
-        "documents": {one["document"]: one["name"] for one in documents.to_pylist() if one["document"] in _ids(worst)},
+        **_excerpts(run, excerpts, names),
     }
+    return _filled(data)
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What was measured, and how."""
+    manifest = run.manifest
+    base = manifest.provenance.base
+    return {
+        "model": manifest.provenance.model.name,
+        **({"base": base.name} if base is not None else {}),
+        "data": ", ".join(f"{one.domain}: {one.path}" for one in manifest.provenance.data),
+        "dtype": manifest.dtype,
+        "context": f"{manifest.context:,} tokens, stride {manifest.stride:,}",
+        "geohooks": manifest.provenance.versions.get("geohooks", "unknown"),
+    }
+
+
+def _filled(data: Mapping[str, Any]) -> str:
     folder = resources.files("geohooks") / "cli"
     page = (folder / "page.html").read_text(encoding="utf-8")
     for mark, content in (
@@ -156,10 +177,6 @@ def _inert(data: Mapping[str, Any]) -> str:
 def _first_choice(names: Sequence[str]) -> str | None:
     preferred = ("nll_increase", "forward_kl", "nll", "entropy")
     return next((name for name in (*preferred, *names) if name in names), None)
-
-
-def _ids(worst: Sequence[WrongToken]) -> set[int]:
-    return {one.document for one in worst}
 
 
 def _signals(run: Run, signals: Sequence[Column], summary: Summary) -> list[dict[str, Any]]:
@@ -200,9 +217,9 @@ def _histogram(values: Values, codes: NDArray[np.intp], domains: int) -> tuple[f
 
 
 def _excerpts(
-    run: Run, excerpts: Sequence[Excerpt], names: Sequence[str], *, text: bool
+    run: Run, excerpts: Sequence[Excerpt], names: Sequence[str]
 ) -> dict[str, list[dict[str, Any]] | dict[str, str]]:
-    word = "token" if text else "token_id"
+    word = "token" if run.manifest.text_kept else "token_id"
     rows = rows_of(run, [one.document for one in excerpts], [word, *names]) if excerpts else {}
     tables = [rows[one.document].slice(one.start, one.stop - one.start) for one in excerpts]
     shown = [
@@ -229,7 +246,7 @@ def _worst(worst: Sequence[WrongToken], excerpts: Sequence[Excerpt]) -> list[dic
     return made
 
 
-def _sample(documents: pa.Table, excerpts: Sequence[Excerpt], *, run_tokens: int) -> list[str]:
+def _sample(documents: pa.Table, excerpts: Sequence[Excerpt], run_tokens: int) -> list[str]:
     shown = sum(one.stop - one.start for one in excerpts)
     if shown == run_tokens:
         return []

@@ -49,8 +49,10 @@ class _Registered:
     """What pluggy sees of a plugin: its marked methods and nothing else, compared by identity."""
 
     def __init__(self, plugin: object) -> None:
-        for name, function in _marked(plugin):
-            setattr(self, name, function)
+        for hook, function in _marked(plugin):
+            if hasattr(self, hook):
+                raise PluginError(f"plugin '{_called(plugin)}' has two methods for the hook '{hook}'; keep one")
+            setattr(self, hook, function)
 
 
 class Roster:
@@ -125,9 +127,9 @@ def _call(function: Callable[..., Any], argument: object) -> Any:
 
 
 def _marked(plugin: object) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The methods of `plugin` marked with `hookimpl`, bound; properties are not run."""
+    """The hooks that `plugin` implements, with the marked methods, bound; properties are not run."""
     probe = pluggy.PluginManager("geohooks")
-    who = getattr(plugin, "name", None) or type(plugin).__name__
+    who = _called(plugin)
     for name in dir(plugin):
         if name.startswith("__"):
             continue
@@ -135,10 +137,14 @@ def _marked(plugin: object) -> Iterator[tuple[str, Callable[..., Any]]]:
         if options is not None:
             hook = options.get("specname") or name
             if hook not in _HOOKS:
-                raise PluginError(_misspelt(str(who), hook))
-            yield name, getattr(plugin, name)
+                raise PluginError(_misspelt(who, hook))
+            yield hook, getattr(plugin, name)
         elif name in _HOOKS and name.startswith("on_") and callable(inspect.getattr_static(plugin, name)):
             raise PluginError(f"plugin '{who}': method {name} is not marked; put @geohooks.hookimpl above it")
+
+
+def _called(plugin: object) -> str:
+    return str(getattr(plugin, "name", None) or type(plugin).__name__)
 
 
 def _explained(error: pluggy.PluginValidationError) -> str:

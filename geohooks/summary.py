@@ -26,6 +26,7 @@ __all__ = [
     "domain_codes",
     "format_number",
     "overview",
+    "remarks",
     "rows_of",
     "signal_columns",
     "signal_values",
@@ -109,6 +110,7 @@ class WrongToken:
     """
 
     document: int
+    name: str
     position: int
     before: str
     token: str
@@ -127,9 +129,14 @@ def signal_values(run: Run, signal: str) -> Values:
 
 def domain_codes(run: Run) -> tuple[tuple[str, ...], NDArray[np.intp]]:
     """The domains by name, and for each row the index of its domain, [rows]."""
-    column = run.positions(["domain"])["domain"]
-    names, codes = np.unique(np.asarray(column.cast(pa.string()).to_numpy(), dtype=str), return_inverse=True)
-    return tuple(str(name) for name in names), codes
+    column = run.positions(["domain"])["domain"].combine_chunks()
+    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    names = encoded.dictionary.to_pylist()
+    codes = encoded.indices.to_numpy()
+    used = sorted((int(code) for code in np.unique(codes)), key=lambda code: names[code])
+    rank = np.zeros(len(names), np.intp)
+    rank[used] = np.arange(len(used))
+    return tuple(str(names[code]) for code in used), rank[codes]
 
 
 def tail_threshold(forward_kl: Values) -> float | None:
@@ -171,9 +178,7 @@ def summarise(run: Run, signals: Sequence[str]) -> Summary:
     return Summary(tuple(made[name] for name in domains), made[WHOLE], threshold)
 
 
-def confident_and_wrong(
-    run: Run, signals: Sequence[str], count: int
-) -> tuple[WrongToken, ...]:
+def confident_and_wrong(run: Run, signals: Sequence[str], count: int) -> tuple[WrongToken, ...]:
     """The `count` worst rows with `top1_probability` > 0.5 and `nll` > log 2, worst first.
 
     With more than half of the mass on one token, a target below one half is another token. The worst have the
@@ -190,10 +195,13 @@ def confident_and_wrong(
     worst = rows[np.argsort(-values[rank][rows], kind="stable")[:count]]
     document, position = (table[key].to_numpy() for key in ("document", "position"))
     read = rows_of(run, [int(one) for one in document[worst]], ["token" if run.manifest.text_kept else "token_id"])
+    listing = run.documents(["document", "name"])
+    names = dict(zip(listing["document"].to_pylist(), listing["name"].to_pylist(), strict=True))
     tokens = {key: _words(rows) for key, rows in read.items()}
     return tuple(
         WrongToken(
             document=int(document[row]),
+            name=names[int(document[row])],
             position=int(position[row]),
             before=_before(tokens[int(document[row])], int(position[row])),
             token=tokens[int(document[row])][int(position[row]) + 1],
@@ -240,6 +248,27 @@ def overview(summary: Summary) -> dict[str, list[Any]]:
     columns = {title: [figure(one) for one in domains] for title, figure in _OVERVIEW.items()}
     kept = {title: cells for title, cells in columns.items() if any(cell != format_number(None) for cell in cells)}
     return {"head": list(kept), "rows": [list(row) for row in zip(*kept.values(), strict=True)]}
+
+
+def remarks(run: Run, summary: Summary) -> tuple[str, ...]:
+    """What a reader of the figures must know of the run: one sentence each."""
+    manifest, whole = run.manifest, summary.whole
+    said = []
+    if not manifest.finished:
+        said.append("The run is not finished: these are the parts that are there; the command that began it goes on.")
+    if manifest.totals is not None and manifest.totals.empty_documents:
+        said.append(f"Empty documents, left out: {manifest.totals.empty_documents:,}.")
+    if whole.not_a_number:
+        said.append(f"Positions with NaN in the logits, left out of the means: {whole.not_a_number:,}.")
+    if manifest.shared_ids is not None:
+        said.append(f"The vocabularies differ: compared on the {manifest.shared_ids:,} ids that both have.")
+    if summary.tail_threshold is not None:
+        said.append(
+            f"The tail is the {TAIL_SHARE:.0%} of the run's positions with the highest forward KL, from "
+            f"{format_number(summary.tail_threshold)} nats; the share is of the sum of the NLL increase, more than "
+            "100 % where the other positions improved, and not given where the sum is not positive."
+        )
+    return tuple(said)
 
 
 def _mean_of(signal: str) -> Callable[[DomainSummary], str]:

@@ -110,12 +110,12 @@ def test_the_last_plugin_that_leaves_takes_every_hook_with_it():
 
 
 def test_a_thousand_hosts_leave_no_hook_and_no_memory():
-    model = zoo.untrained("llama")
+    model = zoo.untrained("llama", num_hidden_layers=1)
     inputs = zoo.example_inputs(model, batch=1, length=2)
     before = state_of(model)
 
     def cycle(*, with_pass):
-        recorder = Recorder(["decoder.*.output", "decoder.0.pattern", "logits"])
+        recorder = Recorder(["decoder.0.output", "decoder.0.pattern", "logits"])
         with geohooks.instrument(model, [recorder, Scores()]) as host:
             if with_pass:
                 run(model, inputs)
@@ -331,7 +331,7 @@ def test_hooks_run_ours_first_however_everybody_came(data):
             order.append(self.name)
 
     for step in range(data.draw(st.integers(1, 8))):
-        what = data.draw(st.sampled_from(["host", "hook", "prepended", "leave", "detach"]))
+        what = data.draw(st.sampled_from(["host", "hook", "leave", "detach"]))
         if what == "host":
             plugin = Ours()
             plugin.name = f"host{step}"

@@ -195,7 +195,7 @@ class TorchHooks:
     def _opening(self, module: nn.Module) -> Callable[..., None]:
         current, name, is_model = self.current, self._stacks.get(module), module is self.model
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if current.paused or current.recomputing:
                 return
             call = current.call
@@ -228,7 +228,7 @@ class TorchHooks:
         logits = Site(None, None, "logits")
         index = self.sites.index(logits) if logits in self.sites else None
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             call = current.call
             if call is None or call.progress.owner is not module or current.recomputing:
                 return None

@@ -406,7 +406,7 @@ function fillWorst() {
       element("span", { className: "context" },
         element("span", { className: "before" }, element("bdi", { textContent: plain(one.before) })),
         element("mark", {}, element("bdi", { textContent: plain(one.token) }))),
-      element("small", { textContent: `${data.documents[one.document]}, token ${one.position + 1} · ${figures}` }));
+      element("small", { textContent: `${one.name}, token ${one.position + 1} · ${figures}` }));
     button.onclick = () => {
       goTo(one.excerpt, one.position + 1 - data.excerpts[one.excerpt].start);
       byId("reader").scrollIntoView();

@@ -102,12 +102,12 @@ def _pair_blocks(
 
 
 def _mixture_blocks(tuned_weights: Tensor, base_weights: Tensor, tuned_scale: Tensor, base_scale: Tensor) -> Tensor:
-    mixture = (tuned_weights * tuned_scale + base_weights * base_scale).unflatten(1, (-1, _BLOCK))
+    mixture = (tuned_weights * tuned_scale + base_weights * base_scale).view(len(base_scale), -1, _BLOCK)
     return torch.where(mixture == 0, 0, mixture * mixture.log()).sum(2)
 
 
 def _centred(logits: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-    x = (logits.to(maximum.dtype) - maximum).unflatten(1, (-1, _BLOCK))
+    x = (logits.to(maximum.dtype) - maximum).view(len(maximum), -1, _BLOCK)
     return x, x.exp()
 
 

@@ -57,7 +57,7 @@ def top_two(logits: Tensor) -> tuple[Tensor, Tensor]:
     count = width // _BLOCK
     if count < 2:
         return logits.topk(2, dim=1)
-    blocks = logits[:, : count * _BLOCK].unflatten(1, (count, _BLOCK))
+    blocks = logits[:, : count * _BLOCK].view(rows, count, _BLOCK)
     best = blocks.amax(2).topk(2, dim=1).indices[:, :, None]
     inside = torch.arange(_BLOCK, device=logits.device)
     left_over = torch.arange(count * _BLOCK, width, device=logits.device).expand(rows, -1)

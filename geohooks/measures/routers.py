@@ -69,7 +69,7 @@ def router_stats(
     """
     _check_routing(scores, indices, mask)
     scores = scores.to(computing_dtype(scores.dtype))
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, value=True)
     if probabilities is None:
         probabilities = scores.softmax(-1)
     probabilities = probabilities.to(computing_dtype(probabilities.dtype))
@@ -93,7 +93,10 @@ def router_divergence(tuned: Routing, base: Routing, *, mask: Tensor | None = No
     _check_routing(tuned.probabilities, tuned.indices, mask)
     _check_routing(base.probabilities, base.indices, mask)
     p, q = (one.probabilities.to(computing_dtype(one.probabilities.dtype)) for one in (tuned, base))
-    a, b = (torch.zeros_like(x, dtype=torch.bool).scatter_(-1, one.indices, True) for x, one in ((p, tuned), (q, base)))
+    a, b = (
+        torch.zeros_like(x, dtype=torch.bool).scatter_(-1, one.indices, value=True)
+        for x, one in ((p, tuned), (q, base))
+    )
     jaccard = 1 - (a & b).sum(-1).to(p.dtype) / (a | b).sum(-1)
     mixture = (p + q) / 2
     entr = torch.special.entr

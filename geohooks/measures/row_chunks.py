@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,6 +59,5 @@ def _is_matrix(tensor: Tensor) -> bool:
     sizes, strides = tensor.shape[:-1], tensor.stride()[:-1]
     kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
     return all(
-        outer_stride == inner_size * inner_stride
-        for (_, outer_stride), (inner_size, inner_stride) in zip(kept[:-1], kept[1:], strict=True)
+        outer_stride == inner_size * inner_stride for (_, outer_stride), (inner_size, inner_stride) in pairwise(kept)
     )

@@ -30,7 +30,12 @@ class RowStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor | None, compiled: bool) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor | None,
+        compiled: bool,  # noqa: FBT001 - autograd passes by position
+    ) -> tuple[Tensor | None, ...]:
         """Every statistic `[rows]`."""
         ctx.set_materialize_grads(False)
         found = row_moments(logits, compiled=compiled)
@@ -61,7 +66,7 @@ class PairStatistics(torch.autograd.Function):
         base: Tensor,
         targets: Tensor | None,
         shared: int,
-        compiled: bool,
+        compiled: bool,  # noqa: FBT001 - autograd passes by position
     ) -> tuple[Tensor | None, ...]:
         """Every statistic `[rows]`: seven of tuned, seven of base, three of the pair."""
         ctx.set_materialize_grads(False)

@@ -32,7 +32,7 @@ class RowSums:
     def pair(
         self, logits: tuple[Tensor, Tensor], maxima: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], cross: Tensor
     ) -> None:
-        """Write the sums of two distributions of the same rows to `own`, and those of the pair to `cross` `[3, rows]`."""
+        """Write the sums of two distributions of the same rows to `own`, of the pair to `cross` `[3, rows]`."""
         for side in range(2):
             self._own_sums(side, logits[side], maxima[side], own[side], 0)
         self._difference_sums(cross, 0)

@@ -174,27 +174,32 @@ def read(model: nn.Module) -> tuple[Adapter, Anatomy]:
 def _make(name: str, **overrides: Any) -> Subject:
     if name in FROM_ZOO:
         family, fields = FROM_ZOO[name]
-        return _of(untrained(family, **{**fields, **overrides}))
+        return _of(_roughened(untrained(family, **{**fields, **overrides})))
     config_name, model_name, fields = FROM_TRANSFORMERS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = getattr(transformers, config_name)(**{**fields, **overrides})
-        return _of(getattr(transformers, model_name)(config).eval())
+        return _of(_roughened(getattr(transformers, model_name)(config).eval()))
 
 
-def _of(model: Any) -> Subject:
+def _roughened(model: nn.Module) -> nn.Module:
+    """The model with no bias or gain left at a neutral value, where a mistake would not show."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 1:
                 weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def _of(model: Any) -> Subject:
     adapter, anatomy = read(model)
     return Subject(model, adapter, anatomy, example_inputs(model))
 
 
 @pytest.fixture(scope="session")
 def subject() -> Callable[..., Subject]:
-    """A factory of subjects by name; no parameter is left at a neutral value, where a mistake would not show."""
+    """A factory of subjects by name."""
     return _make
 
 
