@@ -148,7 +148,8 @@ def tail_threshold(forward_kl: Values) -> float | None:
 def summarise(run: Run, signals: Sequence[str]) -> Summary:
     """The figures of `signals` by domain; a few columns are in memory at a time.
 
-    Raises `ArtifactError` where the run has no positions, or lacks a column. Positions count towards the tail where both the forward KL and the NLL increase are defined.
+    Raises `ArtifactError` where the run has no positions, or lacks a column. Positions count towards
+    the tail where both the forward KL and the NLL increase are defined.
     """
     documents = run.documents(["domain"])
     domains, codes = domain_codes(run)

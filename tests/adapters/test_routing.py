@@ -200,3 +200,14 @@ def test_a_router_without_a_linear_product_is_refused_by_name(subject):
     anatomy = geohooks_structural.Structural().anatomy(found.model)
     with pytest.raises(AdapterError, match="Hashed makes no linear product"):
         anatomy.adapter.scores(anatomy.main.blocks[-1], torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routing_under_autocast_changes_no_bit(lasting, name):
+    found = lasting(name)
+    block = found.block()
+    with torch.autocast("cpu", torch.bfloat16):
+        own = block.experts.router(hidden_states(4))
+        again = found.adapter.route(block, hidden_states(4), own[0])
+    assert [item.dtype for item in own] == [item.dtype for item in again]
+    assert all(torch.equal(one, other) for one, other in zip(own, again, strict=True))
