@@ -77,7 +77,7 @@ def dumps(artifact: Artifact) -> str:
 
 
 def loads(text: str, kind: type[A], name: str) -> A:
-    """The `kind` that `text` holds; an `ArtifactError` about `name` says what is unknown, missing or of a wrong type."""
+    """The `kind` that `text` holds; an `ArtifactError` about `name` says what is unknown, missing or mistyped."""
     try:
         content = json.loads(text, parse_constant=_no_constant)
     except ValueError as error:
@@ -161,6 +161,10 @@ def _exactly(*types: type) -> Callable[[Any, type], Any]:
     return structure
 
 
+def _is_tuple(wanted: Any) -> bool:
+    return get_origin(wanted) is tuple
+
+
 def _strict_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind, accepted in {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.items():
@@ -169,9 +173,10 @@ def _strict_converter() -> cattrs.Converter:
     def listed(value: Any, wanted: Any) -> Any:
         if not isinstance(value, list):
             raise TypeError(value)
-        return tuple(converter.structure(value, list[get_args(wanted)[0]]))  # type: ignore[misc]
+        items: Any = list[get_args(wanted)[0]]  # type: ignore[misc]
+        return tuple(converter.structure(value, items))
 
-    converter.register_structure_hook_func(lambda wanted: get_origin(wanted) is tuple, listed)
+    converter.register_structure_hook_func(_is_tuple, listed)
     return converter
 
 

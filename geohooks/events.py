@@ -58,9 +58,9 @@ class RouterEvent:
 
     __slots__ = (
         "_adapter",
+        "_arguments",
         "_block",
         "_decision",
-        "_hidden",
         "_value",
         "call",
         "output",
@@ -74,7 +74,7 @@ class RouterEvent:
         call: Call,
         adapter: Adapter,
         block: Block,
-        hidden: Tensor,
+        arguments: tuple[Any, ...],
         output: Any,
         *,
         recomputing: bool,
@@ -85,7 +85,7 @@ class RouterEvent:
         self.output = output
         self._adapter = adapter
         self._block = block
-        self._hidden = hidden
+        self._arguments = arguments
         self._decision: RouterOutput = adapter.routing(block, output)
         self._value = self._batched(self._decision.logits)
 
@@ -100,7 +100,9 @@ class RouterEvent:
     @value.setter
     def value(self, logits: Tensor) -> None:
         check_edit(self.site, self._value, logits)
-        self.output = self._adapter.route(self._block, self._hidden, logits.reshape(-1, logits.shape[-1]))
+        hidden, *others = self._arguments
+        rows = logits.reshape(-1, logits.shape[-1])
+        self.output = self._adapter.route(self._block, hidden, rows, *others)
         self._decision = self._adapter.routing(self._block, self.output)
         self._value = logits
 

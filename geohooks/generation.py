@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from geohooks.call import Generation
 from geohooks.events import ScoresEvent, check_edit
+from geohooks.roster import Listener
 from geohooks.sites import Site
 
 if TYPE_CHECKING:
@@ -34,12 +36,22 @@ class _Scores:
         event = ScoresEvent(_SCORES, call, scores, input_ids)
         for listener in self._host.listeners("on_scores"):
             before = event.value
-            self._host.guarded(listener, event, call=call)
+            self._host.guarded(Listener(listener.plugin, partial(_heard, listener)), event, call=call)
             if call.faults and call.faults[-1].plugin == listener.plugin:
                 event.value = before
-            if event.value is not before:
-                check_edit(_SCORES, before, event.value)
         return event.value
+
+
+def _beams(model: Any, arguments: dict[str, Any]) -> int:
+    config = arguments.get("generation_config") or model.generation_config
+    return arguments.get("num_beams") or config.num_beams or 1
+
+
+def _heard(listener: Listener, event: ScoresEvent) -> None:
+    before = event.value
+    listener.function(event)
+    if event.value is not before:
+        check_edit(_SCORES, before, event.value)
 
 
 def heard_generate(host: Host) -> Callable[..., Any]:
@@ -52,7 +64,7 @@ def heard_generate(host: Host) -> Callable[..., Any]:
             return inner(*args, **kwargs)
         bound = inspect.signature(host.anatomy.model.__class__.generate).bind_partial(host.anatomy.model, *args)  # type: ignore[attr-defined]
         arguments = {name: value for name, value in bound.arguments.items() if name != "self"} | kwargs
-        generation = Generation()
+        generation = Generation(beams=_beams(host.anatomy.model, arguments))
         processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])
         arguments["logits_processor"] = LogitsProcessorList([*processors, _Scores(host, generation)])
         # A compiled decoding step would not see hooks that came after its first run.

@@ -107,7 +107,7 @@ def colour_cuts(values: Values) -> tuple[bool, list[float]]:
     low, high = np.quantile(counted, [0.02, 0.98])
     signed = bool(low < 0 < high)
     size = np.abs(counted) if signed else counted
-    cuts = np.unique(np.quantile(size, _SIGNED if signed else _RISING))
+    cuts = np.unique(np.quantile(size, _SIGNED if signed else _RISING, method="lower"))
     return signed, [float(cut) for cut in cuts if cut < size.max() and (cut > 0 or not signed)]
 
 
@@ -158,14 +158,12 @@ def facts(run: Run) -> dict[str, str]:
 
 def _filled(data: Mapping[str, Any]) -> str:
     folder = resources.files("geohooks") / "cli"
-    page = (folder / "page.html").read_text(encoding="utf-8")
-    for mark, content in (
-        ("/*style*/", (folder / "page.css").read_text(encoding="utf-8")),
-        ("/*script*/", (folder / "page.js").read_text(encoding="utf-8")),
-        ("/*data*/", _inert(data)),
-    ):
-        page = page.replace(mark, content, 1)
-    return page
+    template, style, plots, script = (
+        (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "plots.js", "page.js")
+    )
+    before, after = template.split("/*data*/")
+    filled = before.replace("/*style*/", style), _inert(data), after.replace("/*script*/", plots + script)
+    return "".join(filled)
 
 
 def _inert(data: Mapping[str, Any]) -> str:

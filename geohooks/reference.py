@@ -198,7 +198,7 @@ def _keep(anatomy: Anatomy, site: Site, call: Call, heard: dict[Site, RouterEven
     block = anatomy.block(site)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        heard[site] = RouterEvent(site, call, anatomy.adapter, block, args[0], output, recomputing=False)
+        heard[site] = RouterEvent(site, call, anatomy.adapter, block, args, output, recomputing=False)
 
     return anatomy.tap(site).module.register_forward_hook(hook).remove
 

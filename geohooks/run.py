@@ -57,7 +57,8 @@ class Manifest:
     """What decides a run's rows, and, once it is finished, its totals.
 
     `tokenizer` is a SHA-256; `context`, `stride` and `batch_tokens` count tokens, `part_size` characters;
-    `shared_ids` is how many token ids models of differing vocabularies were compared on.
+    `compiled` says whether the statistics were; `shared_ids` how many token ids models of differing vocabularies were
+    compared on.
     """
 
     schema_version: ClassVar[int] = 1
@@ -71,6 +72,7 @@ class Manifest:
     chat: bool
     text_field: str
     text_kept: bool
+    compiled: bool
     domains: tuple[str, ...]
     columns: tuple[Column, ...]
     shared_ids: int | None
@@ -142,6 +144,10 @@ class Run:
         found = (_PART.fullmatch(file.name) for file in self._folder("positions").glob("part-*.parquet"))
         return tuple(sorted(int(match[1]) for match in found if match))
 
+    def has_part(self, number: int) -> bool:
+        """Whether part `number` is there."""
+        return self._file("positions", number).is_file()
+
     def write_part(self, part: Part, totals: Totals) -> None:
         """Write the tables of a part, documents first; whole or not at all."""
         metadata = {**(part.documents.schema.metadata or {}), _TOTALS: dumps(totals)}
@@ -172,8 +178,11 @@ class Run:
 
     def part(self, number: int, columns: Sequence[str] | None = None) -> Part:
         """Part `number`, with the named columns of positions (all by default)."""
-        positions = self._read(self._file("positions", number), columns)
-        return Part(number, self._read(self._file("documents", number)), positions)
+        return Part(number, self.part_documents(number), self._read(self._file("positions", number), columns))
+
+    def part_documents(self, number: int) -> pa.Table:
+        """The documents of part `number`."""
+        return self._read(self._file("documents", number))
 
     def parts(self, columns: Sequence[str] | None = None) -> Iterator[Part]:
         """The parts one by one, for runs larger than memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -151,32 +152,32 @@ def summarise(run: Run, signals: Sequence[str]) -> Summary:
     Raises `ArtifactError` where the run has no positions, or lacks a column. Positions count towards
     the tail where both the forward KL and the NLL increase are defined.
     """
-    documents = run.documents(["domain"])
     domains, codes = domain_codes(run)
     if not domains:
         raise ArtifactError(f"the run at '{run.path}' has no tokens: all its documents are empty; measure other data")
-    groups = {name: codes == index for index, name in enumerate(domains)} | {WHOLE: codes >= 0}
-    moments: dict[str, dict[str, Moments]] = {name: {} for name in groups}
+    groups = [*(codes == index for index in range(len(domains))), np.ones(len(codes), bool)]
+    moments: list[dict[str, Moments]] = [{} for _ in groups]
     for signal in signals:
         values = signal_values(run, signal)
-        for name, group in groups.items():
-            moments[name][signal] = _moments(values[group])
+        for made, group in zip(moments, groups, strict=True):
+            made[signal] = _moments(values[group])
     invalid = np.isnan(signal_values(run, "entropy")) if "entropy" in signals else np.zeros(len(codes), bool)
     threshold, in_tail, increase = _tail(run, signals, len(codes))
-    documents_in = _documents_in(documents)
-    made = {
-        name: DomainSummary(
+    found = [
+        DomainSummary(
             domain=name,
-            documents=documents.num_rows if name == WHOLE else documents_in.get(name, 0),
+            documents=documents,
             tokens=int(group.sum()),
-            moments=moments[name],
+            moments=made,
             not_a_number=int((invalid & group).sum()),
             tail_positions=int((in_tail & group).sum()),
             tail_share=_share(increase[group], in_tail[group]),
         )
-        for name, group in groups.items()
-    }
-    return Summary(tuple(made[name] for name in domains), made[WHOLE], threshold)
+        for name, documents, made, group in zip(
+            (*domains, WHOLE), _document_counts(run, domains), moments, groups, strict=True
+        )
+    ]
+    return Summary(tuple(found[:-1]), found[-1], threshold)
 
 
 def confident_and_wrong(run: Run, signals: Sequence[str], count: int) -> tuple[WrongToken, ...]:
@@ -265,7 +266,7 @@ def remarks(run: Run, summary: Summary) -> tuple[str, ...]:
         said.append(f"The vocabularies differ: compared on the {manifest.shared_ids:,} ids that both have.")
     if summary.tail_threshold is not None:
         said.append(
-            f"The tail is the {TAIL_SHARE:.0%} of the run's positions with the highest forward KL, from "
+            f"The tail is the {100 * TAIL_SHARE:.0f} % of the run's positions with the highest forward KL, from "
             f"{format_number(summary.tail_threshold)} nats; the share is of the sum of the NLL increase, more than "
             "100 % where the other positions improved, and not given where the sum is not positive."
         )
@@ -321,9 +322,11 @@ def _share(increase: Values, in_tail: Mask) -> float | None:
     return float(np.nansum(increase[in_tail])) / total if 0 < total < math.inf else None
 
 
-def _documents_in(documents: pa.Table) -> dict[str, int]:
-    counted: list[dict[str, Any]] = documents["domain"].cast(pa.string()).value_counts().to_pylist()
-    return {one["values"]: one["counts"] for one in counted}
+def _document_counts(run: Run, domains: Sequence[str]) -> list[int]:
+    """How many documents each of `domains` has, then all."""
+    there = run.documents(["domain"])["domain"].to_pylist()
+    counted = Counter(there)
+    return [*(counted[name] for name in domains), len(there)]
 
 
 def _exponential(value: float) -> float:

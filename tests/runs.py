@@ -34,8 +34,10 @@ def drawn(name: str, domain: str, tokens: Sequence[str], seed: int, signals: Seq
     generator = np.random.default_rng(seed)
     values: dict[str, list[float | None]] = {}
     for signal in signals:
-        column = generator.gamma(1.5, size=len(tokens)) if not signal.endswith(("_change", "_increase", "_gap")) else (
-            generator.normal(size=len(tokens))
+        column = (
+            generator.gamma(1.5, size=len(tokens))
+            if not signal.endswith(("_change", "_increase", "_gap"))
+            else (generator.normal(size=len(tokens)))
         )
         if signal == "top1_probability":
             column = generator.uniform(size=len(tokens))
@@ -64,6 +66,7 @@ def write_run(
             data=tuple(DataSource(name, f"/data/{name}") for name in dict.fromkeys(one.domain for one in documents)),
         ),
         dtype="float32",
+        compiled=False,
         tokenizer="0" * 64,
         context=512,
         stride=256,

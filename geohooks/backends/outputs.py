@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from geohooks.errors import AdapterError
 from geohooks.sites import Site
 
-__all__ = ["first_tensor", "logits_of", "loss_of", "with_first_tensor", "with_logits"]
+__all__ = ["first_tensor", "logits_of", "has_loss", "with_first_tensor", "with_logits"]
 
 
 def first_tensor(output: Any, site: Site) -> Tensor:
@@ -33,17 +33,16 @@ def with_first_tensor(output: Any, value: Tensor) -> Any:
 
 
 def _logits_index(output: tuple[Any, ...]) -> int:
-    """Where a plain tuple has its logits: after the loss, where there is one."""
-    return 1 if isinstance(output[0], Tensor) and output[0].dim() == 0 else 0
+    """Where a plain tuple has its logits: after the losses, which have no dimension."""
+    losses = (isinstance(item, Tensor) and item.dim() == 0 for item in output)
+    return next((index for index, is_loss in enumerate(losses) if not is_loss), len(output) - 1)
 
 
-def loss_of(output: Any) -> Tensor | None:
-    """The loss in a model's output, or None."""
+def has_loss(output: Any) -> bool:
+    """Whether a model's output, from a call with labels, begins with a loss."""
     if isinstance(output, Tensor):
-        return None
-    if isinstance(output, tuple):
-        return output[0] if _logits_index(output) == 1 else None
-    return output.get("loss")
+        return False
+    return _logits_index(output) > 0 if isinstance(output, tuple) else output.get("loss") is not None
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ from geohooks.anatomy import Tap
 from geohooks.backends import checkpointing
 from geohooks.backends.attachment import Attachment
 from geohooks.backends.compiled_graphs import untraced
-from geohooks.backends.outputs import first_tensor, logits_of, loss_of, with_first_tensor, with_logits
+from geohooks.backends.outputs import first_tensor, has_loss, logits_of, with_first_tensor, with_logits
 from geohooks.call import Call, Progress
 from geohooks.errors import AdapterError, PluginError
 from geohooks.events import AttentionEvent, HiddenEvent, LogitsEvent, RouterEvent, check_edit
@@ -115,8 +115,8 @@ class TorchHooks:
             call = current.call
             if call is None:
                 return self._outside(site)
-            hidden = args[0] if args else next(iter(kwargs.values()))
-            event = RouterEvent(site, call, adapter, block, hidden, output, recomputing=current.recomputing)
+            arguments = (*args, *kwargs.values())
+            event = RouterEvent(site, call, adapter, block, arguments, output, recomputing=current.recomputing)
             emit(index, listeners, event)
             return None if event.output is output else event.output
 
@@ -162,15 +162,14 @@ class TorchHooks:
             before = event.value
             try:
                 listener.function(event)
+                if event.value is not before:
+                    self._edited(listener, event, before)
             except Exception as error:
                 if not self.host.drops_faulty:
                     raise
                 if event.value is not before:
                     event.value = before
                 self.host.fault(listener.plugin, event.site, event.call, error)
-                continue
-            if event.value is not before:
-                self._edited(listener, event, before)
 
     def _edited(self, listener: Listener, event: Any, before: Tensor) -> None:
         check_edit(event.site, before, event.value)
@@ -199,12 +198,13 @@ class TorchHooks:
             if current.paused or current.recomputing:
                 return
             call = current.call
-            if call is None or call.progress.owner is module:
-                # A call whose owner starts again was left open by an exception that hooks do not see.
+            if call is None or call.progress.owner is module or name in call.progress.running:
+                # A call in which a module starts again inside itself was left open by an interrupt, which no hook sees.
                 self._release(call)
                 call = self._open(module, None if is_model else name, args, kwargs)
             if name is not None:
                 call.progress.entered.add(name)
+                call.progress.running.add(name)
 
         return hook
 
@@ -224,13 +224,16 @@ class TorchHooks:
         return call
 
     def _closing(self, module: nn.Module) -> Callable[..., Any]:
-        current = self.current
+        current, name = self.current, self._stacks.get(module)
         logits = Site(None, None, "logits")
         index = self.sites.index(logits) if logits in self.sites else None
 
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             call = current.call
-            if call is None or call.progress.owner is not module or current.recomputing:
+            if call is None or current.recomputing:
+                return None
+            call.progress.running.discard(name)
+            if call.progress.owner is not module:
                 return None
             try:
                 if output is None:
@@ -294,7 +297,7 @@ class TorchHooks:
 
     def _loss_change(self, call: Call, output: Any, before: Tensor, after: Tensor) -> Tensor | None:
         """What the edit adds to the loss: the family's own loss of the new logits less that of the old ones."""
-        if call.labels is None or loss_of(output) is None:
+        if call.labels is None or not has_loss(output):
             return None
         adapter = self.host.anatomy.adapter
         new = adapter.loss(self.model, after, call.inputs)

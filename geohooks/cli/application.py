@@ -51,7 +51,7 @@ def application() -> typer.Typer:
 def _options(
     *,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-    traceback: Annotated[  # noqa: ARG001 - `main` reads it, wherever it stands
+    traceback: Annotated[
         bool, typer.Option(_TRACEBACK, help="Show where an error comes from; may stand anywhere.")
     ] = False,
 ) -> None:

@@ -22,7 +22,8 @@ def demo(
     *,
     out: Annotated[Path, typer.Option(help="The folder for the texts, the run and the page.")] = Path("geohooks-demo"),
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Two short documents of each domain, in the folder's `smoke`: a quick check.")
+        bool,
+        typer.Option("--smoke", help="Two short documents a domain, in the folder's `smoke`."),
     ] = False,
 ) -> None:
     """Measure an embedded model against its base, on help texts and sources of this Python that neither was trained on.

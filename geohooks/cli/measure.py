@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from geohooks.run import Totals
 
 __all__ = ["measure"]
 
@@ -52,5 +57,74 @@ def measure(
     An interrupted run is continued by the same command, and ends with the same rows. Under `torchrun` or
     `accelerate launch` several processes share the parts. In folders, hidden files and binary ones are left out.
     """
-    from geohooks.cli.loading import load_pair
-    from geohooks.pipeline import Options, measure_documents
+    from geohooks.cli.loading import load
+    from geohooks.documents import find_sources, size_of
+    from geohooks.pipeline import Measurement, Settings, processes
+
+    sources = find_sources(data)
+    first = processes()[0] == 0
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    measured = load(model, **options)
+    reference = None if base is None else load(base, **options)
+    with _Display(size_of(sources), shown=first) as display:
+        run = Measurement(
+            measured.model,
+            measured.tokenizer,
+            sources,
+            names=(measured.source, None if reference is None else reference.source),
+            base=None if reference is None else reference.model,
+            base_tokenizer=None if reference is None else reference.tokenizer,
+            settings=Settings(context, stride, batch_tokens, part_size, chat, text_field, not no_text),
+            notice=display.notice,
+            progress=display.progress,
+        ).run(out)
+    if run.manifest.totals is not None:
+        typer.echo(_last_line(run.manifest.totals, out))
+
+
+class _Display:
+    """A progress bar with tokens per second on standard error, and notices above it; of one process only."""
+
+    def __init__(self, size: int | None, *, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        self._shown = shown
+        self._bar = Progress(
+            TextColumn("measuring"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task = self._bar.add_task("measuring", total=size, tokens=0, rate=0.0)
+        self._tokens = 0
+        self._began = 0.0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def notice(self, message: str) -> None:
+        if self._shown:
+            self._bar.console.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, tokens: int, size: int) -> None:
+        self._tokens += tokens
+        rate = self._tokens / max(time.perf_counter() - self._began, 1e-9)
+        self._bar.update(self._task, advance=size, tokens=self._tokens, rate=rate)
+
+
+def _last_line(totals: Totals, out: Path) -> str:
+    line = f"measured {totals.tokens:,} tokens of {totals.documents:,} documents; the run is in {out}"
+    if totals.empty_documents:
+        line += f"; {totals.empty_documents:,} empty documents were skipped"
+    if totals.undefined_positions:
+        line += f"; at {totals.undefined_positions:,} positions the logits had NaN or infinity, and so have the signals"
+    return line

@@ -1,6 +1,5 @@
 "use strict";
 // Row r of the table is the prediction made after token r: token i wears the colour of row i - 1.
-(() => {
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = id => document.getElementById(id);
 const signals = new Map(data.signals.map(signal => [signal.name, signal]));
@@ -24,17 +23,17 @@ function column(name) {
   return columns.get(name);
 }
 
-function format(value) {
+function format(value, digits = 4) {
   if (Number.isNaN(value)) return "–";
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
   const size = Math.abs(value);
   const written = size >= 1e4 ? Math.round(value).toLocaleString("en") : size && size < 1e-4
-    ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+    ? value.toExponential(2) : String(Number(value.toPrecision(digits)));
   return written.replaceAll("-", "−");
 }
 
 const layered = name => /^router\..*\./.test(name);
-const named = name => name.replaceAll("_", " ");
+const named = name => layered(name) ? name : name.replaceAll("_", " ");
 
 function visible(token) {
   if (!data.text) return String(token);
@@ -45,15 +44,16 @@ function visible(token) {
 const quoted = token => data.text
   ? "“" + visible(token).replaceAll("\n", "↵").replaceAll("\t", "⇥") + "”" : "token " + token;
 
-// How many of the signal's cuts lie below the value, as one of the steps of the scale: 0 to 6, or -4 to 4.
+// How many of the signal's cuts lie below the value, as a step of the scale: 0 to 6, or -4 to 4.
 function step(signal, value) {
   if (Number.isNaN(value)) return null;
   const size = signal.signed ? Math.abs(value) : value;
   const above = signal.cuts.filter(cut => size > cut).length;
-  const last = signal.signed ? 4 : 6;
-  const level = signal.cuts.length ? Math.round(above * last / signal.cuts.length) : 0;
-  return signal.signed && value < 0 ? -level : level;
+  return (signal.signed && value < 0 ? -1 : 1) * shade(signal, above);
 }
+
+// The colour of a value above so many of the cuts; where cuts fell together there are fewer colours, as far apart.
+const shade = ({ cuts, signed }, above) => cuts.length ? Math.round(above * (signed ? 4 : 6) / cuts.length) : 0;
 
 function colour(signal, level) {
   if (level === null) return "transparent";
@@ -67,6 +67,10 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const painted = name => name.startsWith("var(") ? css(name.slice(4, -1)) : name;
 
+function tableHead(names) {
+  return element("thead", {}, element("tr", {}, ...names.map(name => element("th", { textContent: name, scope: "col" }))));
+}
+
 function fillHeader() {
   byId("facts").append(...data.facts.map(([name, value]) =>
     element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
@@ -74,16 +78,14 @@ function fillHeader() {
   const { head, rows } = data.overview;
   const health = head.indexOf("health");
   byId("overview").append(
-    element("thead", {}, element("tr", {}, ...head.map(name => element("th", { textContent: name, scope: "col" })))),
+    tableHead(head),
     element("tbody", {}, ...rows.map(row => element("tr", {}, ...row.map((cell, at) =>
       element("td", {}, element("span", { textContent: cell, className: at === health ? cell : "" })))))));
 }
 
 function fillGlossary() {
-  const heads = [...data.domains, "all"];
   byId("glossary").append(
-    element("thead", {}, element("tr", {}, ...["signal", "unit", ...heads, ""].map(name =>
-      element("th", { textContent: name, scope: "col" })))),
+    tableHead(["signal", "unit", ...data.domains, "all", ""]),
     element("tbody", {}, ...data.signals.map(signal => element("tr", {},
       element("td", { textContent: named(signal.name) }), element("td", { textContent: signal.unit }),
       ...signal.means.map(mean => element("td", { textContent: mean })),
@@ -167,20 +169,17 @@ function drawLegend() {
   if (!signal) return;
   const { cuts, signed } = signal;
   const numbers = signed ? [...cuts.map(cut => -cut).reverse(), ...cuts] : cuts;
-  const levels = Array.from({ length: numbers.length + 1 }, (_, i) => {
-    const last = signed ? 4 : 6, at = signed ? i - cuts.length : i;
-    return cuts.length ? Math.round(at * last / cuts.length) : 0;
-  });
+  const levels = Array.from({ length: numbers.length + 1 }, (_, i) => shade(signal, signed ? i - cuts.length : i));
   byId("legend").replaceChildren(
-    element("div", { textContent: `${named(signal.name)}${signal.unit ? ", " + signal.unit : ""}: how the token was ` +
-      `predicted; cuts at ${signed ? "magnitude " : ""}quantiles of the run` }),
+    element("div", { textContent: `${named(signal.name)}${signal.unit ? ", " + signal.unit : ""}: ` +
+      "how each token was predicted; steps at the run's quantiles" }),
     element("div", { className: "steps" }, ...levels.map(level => {
       const swatch = element("i");
       swatch.style.background = colour(signal, level);
       return swatch;
     })),
     element("div", { className: "cuts" }, ...numbers.map((number, i) => {
-      const made = element("span", { textContent: format(number) });
+      const made = element("span", { textContent: format(number, 3) });
       made.style.left = `${100 * (i + 1) / levels.length}%`;
       return made;
     })));
@@ -203,12 +202,10 @@ function describe(i) {
     element("h3", { textContent: quoted(one.tokens[i]) }),
     element("p", { textContent: `token ${at} of ${one.name}, ${one.domain}` }),
     element("table", {},
-      element("thead", {}, element("tr", {}, element("th"),
-        element("th", { textContent: `predicted it (row ${at ? at - 1 : "–"})`, scope: "col" }),
-        element("th", { textContent: `after it (row ${at})`, scope: "col" }))),
+      tableHead(["", `predicted it: row ${at ? at - 1 : "–"}`, `after it: row ${at}`]),
       element("tbody", {}, ...data.signals.map(({ name }) => {
         const made = element("tr", { className: name === state.signal ? "now" : "" },
-          element("td", { textContent: layered(name) ? name : named(name) }), value(name, row - 1, i > 0), value(name, row, true));
+          element("td", { textContent: named(name) }), value(name, row - 1, i > 0), value(name, row, true));
         made.dataset.signal = name;
         return made;
       }))));
@@ -261,139 +258,6 @@ function listenToText() {
   });
 }
 
-function fresh(canvas) {
-  const scale = devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
-  canvas.width = Math.round(width * scale);
-  canvas.height = Math.round(height * scale);
-  const pen = canvas.getContext("2d");
-  pen.scale(scale, scale);
-  pen.font = "11px system-ui, 'DejaVu Sans', sans-serif";
-  return { pen, width, height };
-}
-
-const drawn = [];
-let frame = { left: 34, right: 8, top: 8, bottom: 30 }, scaleX = null, scaleY = null;
-
-function ticks(high) {
-  const raw = high / 5 || 1, power = 10 ** Math.floor(Math.log10(raw));
-  const by = power * [1, 2, 5, 10].find(factor => factor * power >= raw);
-  return Array.from({ length: Math.floor(high / by) + 1 }, (_, i) => i * by);
-}
-
-function drawAxes(pen, width, height, highX, highY) {
-  pen.fillStyle = css("--faint");
-  pen.strokeStyle = css("--line");
-  pen.lineWidth = 1;
-  for (const tick of ticks(highX)) {
-    pen.beginPath(); pen.moveTo(scaleX(tick), frame.top); pen.lineTo(scaleX(tick), height - frame.bottom); pen.stroke();
-    pen.textAlign = "center"; pen.fillText(format(tick), scaleX(tick), height - frame.bottom + 13);
-  }
-  for (const tick of ticks(highY)) {
-    pen.beginPath(); pen.moveTo(frame.left, scaleY(tick)); pen.lineTo(width - frame.right, scaleY(tick)); pen.stroke();
-    pen.textAlign = "right"; pen.fillText(format(tick), frame.left - 5, scaleY(tick) + 4);
-  }
-  pen.textAlign = "right"; pen.fillText("H, nats", width - frame.right, height - 3);
-  pen.textAlign = "left"; pen.fillText("V, nats²", frame.left + 4, frame.top + 9);
-}
-
-function planePoints() {
-  drawn.length = 0;
-  const signal = signals.get(state.signal), H = column("entropy"), V = column("varentropy"), shade = column(signal.name);
-  data.excerpts.forEach((one, at) => {
-    if (state.domain && one.domain !== state.domain || state.alone && at !== state.excerpt) return;
-    for (let i = 0; i < one.tokens.length; i++) {
-      const r = one.offset + i;
-      if (Number.isFinite(H[r]) && Number.isFinite(V[r]))
-        drawn.push({ excerpt: at, row: i, h: H[r], v: V[r], level: step(signal, shade[r]) });
-    }
-  });
-  return signal;
-}
-
-function drawPlane() {
-  if (!signals.has("entropy") || !signals.has("varentropy")) { byId("plane-figure").hidden = true; return; }
-  const { pen, width, height } = fresh(byId("plane")), signal = planePoints();
-  const highX = drawn.reduce((most, one) => Math.max(most, one.h), 1e-3) * 1.03;
-  const highY = drawn.reduce((most, one) => Math.max(most, one.v), 1e-3) * 1.03;
-  scaleX = h => frame.left + h / highX * (width - frame.left - frame.right);
-  scaleY = v => height - frame.bottom - v / highY * (height - frame.top - frame.bottom);
-  drawAxes(pen, width, height, highX, highY);
-  const size = drawn.length > 5000 ? 1.4 : drawn.length > 800 ? 2 : 2.8;
-  const rank = one => one.level === null ? -1 : Math.abs(one.level);
-  const paints = new Map();
-  for (const one of [...drawn].sort((a, b) => rank(a) - rank(b))) {
-    const name = one.level ? colour(signal, one.level) : "var(--point)";
-    if (!paints.has(name)) paints.set(name, painted(name));
-    pen.fillStyle = paints.get(name);
-    pen.globalAlpha = one.level ? .9 : .5;
-    pen.beginPath(); pen.arc(scaleX(one.h), scaleY(one.v), size, 0, 7); pen.fill();
-  }
-  pen.globalAlpha = 1;
-  ring();
-}
-
-function ring() {
-  const here = state.token && drawn.find(one => one.excerpt === state.excerpt && one.row === state.token - 1);
-  byId("ring").hidden = !here;
-  if (here) Object.assign(byId("ring").style, { left: `${scaleX(here.h)}px`, top: `${scaleY(here.v)}px` });
-}
-
-function listenToPlane() {
-  byId("plane").onclick = event => {
-    let best = null, least = 14 ** 2;
-    for (const one of drawn) {
-      const far = (scaleX(one.h) - event.offsetX) ** 2 + (scaleY(one.v) - event.offsetY) ** 2;
-      if (far < least) { least = far; best = one; }
-    }
-    if (best) goTo(best.excerpt, Math.min(best.row + 1, data.excerpts[best.excerpt].tokens.length - 1));
-  };
-}
-
-function drawHistogram(canvas, signal) {
-  const { pen, width, height } = fresh(canvas), base = height - 15;
-  const shares = signal.counts.map(counts => {
-    const total = counts.reduce((sum, count) => sum + count, 0) || 1;
-    return counts.map(count => count / total);
-  });
-  const most = Math.max(1e-9, ...shares.flat());
-  shares.forEach((share, d) => {
-    pen.strokeStyle = pen.fillStyle = css(`--d${d % 6}`);
-    pen.beginPath(); pen.moveTo(0, base);
-    share.forEach((part, i) => {
-      const y = base - part / most * (base - 4);
-      pen.lineTo(i * width / share.length, y); pen.lineTo((i + 1) * width / share.length, y);
-    });
-    pen.lineTo(width, base);
-    pen.globalAlpha = .14; pen.fill(); pen.globalAlpha = 1; pen.lineWidth = 1.4; pen.stroke();
-  });
-  pen.fillStyle = css("--faint");
-  pen.textAlign = "left"; pen.fillText(format(signal.low), 0, height - 2);
-  pen.textAlign = "right"; pen.fillText(format(signal.high), width, height - 2);
-}
-
-function fillHistograms() {
-  byId("domains").append(...data.domains.map((name, d) => {
-    const made = element("span", { textContent: name });
-    made.style.setProperty("--mark", `var(--d${d % 6})`);
-    return made;
-  }));
-  const layers = byId("layers");
-  for (const signal of data.signals) {
-    const canvas = element("canvas"), button = element("button", { type: "button", className: "histogram", name: signal.name },
-      element("b", { textContent: layered(signal.name) ? signal.name : named(signal.name) }), " ",
-      element("i", { textContent: signal.unit }), canvas);
-    button.onclick = () => choose(signal.name);
-    button.draw = () => drawHistogram(canvas, signal);
-    (layered(signal.name) ? layers.querySelector("div") : byId("histograms")).append(button);
-  }
-  layers.hidden = !layers.querySelector("button");
-  layers.addEventListener("toggle", drawHistograms);
-}
-
-function drawHistograms() {
-  for (const one of document.querySelectorAll(".histogram")) if (one.offsetWidth) one.draw();
-}
-
 function fillWorst() {
   const against = data.worst.length && "nll_increase" in data.worst[0].signals;
   byId("worst-section").hidden = !data.worst.length;
@@ -415,8 +279,6 @@ function fillWorst() {
   }));
 }
 
-function redraw() { drawPlane(); drawHistograms(); }
-
 fillHeader();
 fillGlossary();
 fillControls();
@@ -427,6 +289,5 @@ listenToPlane();
 fillDocuments();
 if (state.signal) choose(state.signal);
 drawHistograms();
-dark.addEventListener("change", () => { paint(); redraw(); });
-addEventListener("resize", redraw);
-})();
+dark.addEventListener("change", () => { paint(); drawPlane(); drawHistograms(); });
+addEventListener("resize", () => { drawPlane(); drawHistograms(); });

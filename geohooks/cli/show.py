@@ -78,7 +78,7 @@ def report(
     for remark in remarks(run, summary):
         console.print(Text(remark, style="dim"))
     if worst:
-        console.print(_worst(worst[:worst_shown]))
+        console.print(_worst(worst[:worst_shown]), soft_wrap=True)
     console.print(Text("report: ", style="bold"), Text(str(path)), sep="", soft_wrap=True)
     return path
 
@@ -123,15 +123,13 @@ def _spread(moments: Moments) -> str:
     return f"{format_number(moments.mean)} ± {format_number(moments.spread)}"
 
 
-def _worst(worst: Sequence[WrongToken]) -> Table:
-    """What the model had read, the token that came (highlighted), and how sure it was of another one."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="most confident and wrong", title_justify="left")
-    table.add_column("read, and what came", no_wrap=True)
-    for name in worst[0].signals:
-        table.add_column(name.replace("_", " "), justify="right")
-    table.add_column("where", overflow="fold")
+def _worst(worst: Sequence[WrongToken]) -> Text:
+    """What the model had read, the token that came (marked), and how sure it was of another one."""
+    said = Text("most confident and wrong", style="bold")
     for one in worst:
-        said = Text(visible(one.before)[-32:]).append(visible(one.token)[:16], style="reverse bold")
-        figures = (format_number(value) for value in one.signals.values())
-        table.add_row(said, *figures, Text(f"{visible(one.name)}, token {one.position + 1}"))
-    return table
+        figures = ", ".join(f"{name.replace('_', ' ')} {format_number(value)}" for name, value in one.signals.items())
+        said.append("\n  ").append(visible(one.before)[-48:], style="not bold")
+        said.append(f"\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}{visible(one.token)}", style="reverse")
+        said.append("\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}", style="reverse")
+        said.append(f"\n      {figures}; token {one.position + 1} of {visible(one.name)}", style="not bold dim")
+    return said

@@ -52,7 +52,7 @@ class LogitComparison:
     varentropy_change: Tensor
     residual_change: Tensor
     top1_agreement: Tensor
-    """1 where both have the same likeliest id, else 0; no gradient."""
+    """1 where both have the same likeliest id (of equals the lowest), else 0; no gradient."""
     tuned: LogitStats
     base: LogitStats
     shared_ids: int
@@ -68,7 +68,7 @@ def logit_stats(
     is p = 0; a row with NaN, +inf, or nothing but -inf, is NaN throughout. `targets` are token ids of the leading
     shape, aligned: `targets[t]` is what `logits[t]` predicts, nothing is shifted; `ignore_index` is not scored.
 
-    Every field has a closed-form gradient, once: a second backward pass through it is an error. Rows that no gradient
+    Every field has a closed-form gradient, once: `create_graph=True` is a `RuntimeError`. Rows that no gradient
     reaches get 0, NaN or not. Where several logits tie for the largest, the top probability's gradient goes to one.
 
     `compiled` fuses the sums through `torch.compile` (the first calls compile, about ten seconds each); rows narrower

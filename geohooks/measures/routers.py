@@ -40,7 +40,7 @@ class RouterStats:
     load_entropy: Tensor
     """Shannon entropy of the load (nats), a scalar."""
     utilisation: Tensor
-    """The share of the experts that received any token, a scalar."""
+    """The share of the experts that received any token, a scalar. All three are NaN where no token counts."""
 
 
 @attrs.frozen(eq=False)
@@ -69,7 +69,7 @@ def router_stats(
     """
     _check_routing(scores, indices, mask)
     scores = scores.to(computing_dtype(scores.dtype))
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, value=True)
+    chosen = _chosen(scores, indices)
     if probabilities is None:
         probabilities = scores.softmax(-1)
     probabilities = probabilities.to(computing_dtype(probabilities.dtype))
@@ -84,26 +84,43 @@ def router_stats(
         margin=(lowest - highest).masked_fill(~counted, torch.nan),
         load=load,
         load_entropy=torch.special.entr(load).sum(),
-        utilisation=(load > 0).to(load.dtype).mean(),
+        utilisation=(load > 0).to(load.dtype).masked_fill(load.isnan(), torch.nan).mean(),
     )
 
 
 def router_divergence(tuned: Routing, base: Routing, *, mask: Tensor | None = None) -> RouterDivergence:
-    """Jaccard distance of the experts chosen, and Jensen-Shannon divergence of the distributions, token by token."""
-    _check_routing(tuned.probabilities, tuned.indices, mask)
-    _check_routing(base.probabilities, base.indices, mask)
-    p, q = (one.probabilities.to(computing_dtype(one.probabilities.dtype)) for one in (tuned, base))
-    a, b = (
-        torch.zeros_like(x, dtype=torch.bool).scatter_(-1, one.indices, value=True)
-        for x, one in ((p, tuned), (q, base))
-    )
+    """Jaccard distance of the chosen experts and Jensen-Shannon divergence of the distributions, token by token.
+
+    Both routings are of the same tokens and experts; k may differ. `mask` (the leading shape) is 0 at padding, which
+    is NaN. A `ValueError` for shapes that do not fit.
+
+    >>> from types import SimpleNamespace
+    >>> base = SimpleNamespace(probabilities=torch.tensor([[0.5, 0.3, 0.2]]), indices=torch.tensor([[0, 1]]))
+    >>> tuned = SimpleNamespace(probabilities=torch.tensor([[0.5, 0.2, 0.3]]), indices=torch.tensor([[0, 2]]))
+    >>> divergence = router_divergence(tuned, base)
+    >>> round(float(divergence.jaccard), 4), round(float(divergence.jensen_shannon), 4)
+    (0.6667, 0.0101)
+    """
+    for one in (tuned, base):
+        _check_routing(one.probabilities, one.indices, mask)
+    q, p = (one.probabilities.to(computing_dtype(one.probabilities.dtype)) for one in (tuned, base))
+    if q.shape[:-1] != p.shape[:-1]:
+        raise ValueError(f"the routings {tuple(q.shape)} and {tuple(p.shape)} are of different tokens")
+    if q.shape[-1] != p.shape[-1]:
+        raise ValueError(f"the routings are over {q.shape[-1]} and {p.shape[-1]} experts")
+    a, b = (_chosen(like, one.indices) for like, one in ((q, tuned), (p, base)))
     jaccard = 1 - (a & b).sum(-1).to(p.dtype) / (a | b).sum(-1)
-    mixture = (p + q) / 2
-    entr = torch.special.entr
-    jensen_shannon = (entr(mixture) - (entr(p) + entr(q)) / 2).sum(-1).clamp(min=0)
+    mixture = (q + p) / 2
+    entropies = [torch.special.entr(one).sum(-1) for one in (mixture, q, p)]
+    jensen_shannon = (entropies[0] - (entropies[1] + entropies[2]) / 2).clamp(min=0)
     if mask is not None:
         jaccard, jensen_shannon = (value.masked_fill(~mask.bool(), torch.nan) for value in (jaccard, jensen_shannon))
     return RouterDivergence(jaccard, jensen_shannon)
+
+
+def _chosen(like: Tensor, indices: Tensor) -> Tensor:
+    """Whether each expert was chosen, of the shape of `like`."""
+    return torch.zeros_like(like, dtype=torch.bool).scatter_(-1, indices, value=True)
 
 
 def _check_routing(scores: Tensor, indices: Tensor, mask: Tensor | None) -> None:

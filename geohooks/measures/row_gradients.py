@@ -12,7 +12,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from geohooks.measures.moments import Divergences, Moments, pair_moments, row_moments
 from geohooks.measures.row_chunks import chunks, rows_at_once
@@ -44,9 +43,9 @@ class RowStatistics(torch.autograd.Function):
         return *_statistics(logits, targets, found), found.top
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         """One buffer of the logits' size, filled chunk by chunk."""
+        _refuse_second_order()
         logits, targets, *moments = ctx.saved_tensors
         side = _Side(logits, logits.shape[-1], Moments(*moments), targets, gradients[:6])
         _fill((side,), None)
@@ -84,9 +83,9 @@ class PairStatistics(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """One buffer of the logits' size for each of the two that needs a gradient."""
+        _refuse_second_order()
         tuned, base, targets, *saved = ctx.saved_tensors
         width = len(attrs.fields(Moments))
         of_tuned, of_base = Moments(*saved[:width]), Moments(*saved[width : 2 * width])
@@ -100,6 +99,15 @@ class PairStatistics(torch.autograd.Function):
         sides[1].add_divergence(forward, between.forward_kl, reverse)
         _fill(sides, None if shannon is None else shannon[:, None] / 2)
         return sides[0].buffer, sides[1].buffer, None, None, None
+
+
+def _refuse_second_order() -> None:
+    # torch's once_differentiable would let a gradient penalty pass as a constant.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the measures of logits are differentiable once: create_graph=True is not supported; "
+            "for second derivatives write the statistic with log_softmax"
+        )
 
 
 def _statistics(logits: Tensor, targets: Tensor | None, moments: Moments) -> tuple[Tensor | None, ...]:

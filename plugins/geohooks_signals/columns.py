@@ -10,8 +10,12 @@ __all__ = ["KEYS", "NEXT_TOKEN", "SIGNALS", "field"]
 
 KEYS = pa.schema(
     [
-        pa.field("document", pa.int64(), metadata={"unit": "1", "description": "the document's number, unique over the run"}),
-        pa.field("position", pa.int32(), metadata={"unit": "1", "description": "the token's place in its document, from 0"}),
+        pa.field(
+            "document", pa.int64(), metadata={"unit": "1", "description": "the document's number, unique over the run"}
+        ),
+        pa.field(
+            "position", pa.int32(), metadata={"unit": "1", "description": "the token's place in its document, from 0"}
+        ),
         pa.field("token_id", pa.int32(), metadata={"unit": "1", "description": "the token that was read here"}),
         pa.field(
             "domain",

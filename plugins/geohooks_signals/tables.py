@@ -76,9 +76,7 @@ def _signals(rows: Rows, names: Sequence[str]) -> tuple[_Values, NDArray[np.bool
     return values, missing
 
 
-def _following(
-    rows: Rows, column: NDArray[np.int64], values: _Values, names: Sequence[str]
-) -> NDArray[np.bool_]:
+def _following(rows: Rows, column: NDArray[np.int64], values: _Values, names: Sequence[str]) -> NDArray[np.bool_]:
     """Fill in what the pass after says of the last column's next token; answers which rows have one now."""
     one = rows.of
     if one.next_known is None:
@@ -106,7 +104,9 @@ def summary_of(table: pa.Table) -> pa.Table:
     for name in table.column_names[len(KEYS) :]:
         unit = table.schema.field(name).metadata[b"unit"].decode()
         counted = table.select(["domain", name]).filter(pc.is_finite(table[name]))
-        found = counted.set_column(0, "domain", counted["domain"].cast(pa.string())).group_by("domain", use_threads=False)
+        found = counted.set_column(0, "domain", counted["domain"].cast(pa.string())).group_by(
+            "domain", use_threads=False
+        )
         grouped = found.aggregate([(name, "count"), (name, "mean"), (name, "stddev")])
         rows += [
             {

@@ -211,3 +211,39 @@ def test_routing_under_autocast_changes_no_bit(lasting, name):
         again = found.adapter.route(block, hidden_states(4), own[0])
     assert [item.dtype for item in own] == [item.dtype for item in again]
     assert all(torch.equal(one, other) for one, other in zip(own, again, strict=True))
+
+
+def test_rerouting_is_compiled_without_a_break(subject):
+    found = subject("deepseek_v3")
+    block = found.block()
+    scores = []
+
+    def turn_round(router, args, output):
+        scores.append(found.adapter.scores(block, output[0]))
+        return found.adapter.route(block, args[0], -output[0])
+
+    block.experts.router.register_forward_hook(turn_round)
+    eager = found.run()
+    with torch.no_grad():
+        compiled = torch.compile(found.model, backend="eager", fullgraph=True)(**found.inputs).logits
+    assert torch.equal(eager, compiled)
+    assert torch.equal(*scores)
+
+
+def test_a_router_that_changes_its_logits_in_place_leaves_the_callers_alone(subject):
+    class Sharpened(MixtralTopKRouter):
+        def forward(self, hidden):
+            logits = torch.nn.functional.linear(hidden, self.weight).mul_(3)
+            weights, indices = logits.softmax(-1).topk(self.top_k)
+            return logits, weights, indices
+
+    found = subject("mixtral")
+    found.model.model.layers[-1].mlp.gate = Sharpened(found.model.config)
+    block = found.adapter.anatomy(found.model).main.blocks[-1]
+    logits = torch.randn(3, 8, requires_grad=True)
+    before = logits.detach().clone()
+    output = found.adapter.route(block, hidden_states(0, 3), logits)
+    torch.testing.assert_close(output[0], 3 * before)
+    assert torch.equal(logits, before)
+    (gradient,) = torch.autograd.grad(output[0].sum(), logits)
+    assert torch.equal(gradient, torch.full_like(gradient, 3))

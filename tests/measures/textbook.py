@@ -24,7 +24,9 @@ def statistics(logits: Tensor, targets: Tensor | None = None) -> dict[str, Tenso
         "margin": top[..., 0] - top[..., 1],
     }
     if targets is not None:
-        nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+        nll = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none").view(
+            targets.shape
+        )
         found |= {"nll": nll, "calibration_gap": nll - entropy, "calibration_z": (nll - entropy) / varentropy.sqrt()}
     return found
 
