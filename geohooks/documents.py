@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import mimetypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,72 +15,10 @@ import attrs
 from geohooks.artifacts import DataSource
 from geohooks.errors import DataError
 
-__all__ = ["Document", "Window", "find_sources", "read_documents", "size_of", "windows"]
+__all__ = ["Document", "Window", "check_stride", "find_sources", "read_documents", "size_of", "windows"]
 
 Notice = Callable[[str], None]
 
-_BINARY = frozenset(
-    (
-        ".7z",
-        ".a",
-        ".arrow",
-        ".avi",
-        ".bin",
-        ".bmp",
-        ".bz2",
-        ".class",
-        ".db",
-        ".dll",
-        ".dylib",
-        ".exe",
-        ".flac",
-        ".gguf",
-        ".gif",
-        ".gz",
-        ".h5",
-        ".ico",
-        ".jar",
-        ".jpeg",
-        ".jpg",
-        ".mkv",
-        ".mo",
-        ".mov",
-        ".mp3",
-        ".mp4",
-        ".npy",
-        ".npz",
-        ".o",
-        ".ogg",
-        ".onnx",
-        ".otf",
-        ".pdf",
-        ".pickle",
-        ".pkl",
-        ".png",
-        ".pt",
-        ".pth",
-        ".pyc",
-        ".rar",
-        ".safetensors",
-        ".so",
-        ".sqlite",
-        ".tar",
-        ".tgz",
-        ".tif",
-        ".tiff",
-        ".ttf",
-        ".wav",
-        ".webm",
-        ".webp",
-        ".whl",
-        ".woff",
-        ".woff2",
-        ".xlsx",
-        ".xz",
-        ".zip",
-        ".zst",
-    )
-)
 _HEAD = 8192
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -112,16 +52,19 @@ def windows(length: int, context: int, stride: int) -> Iterator[Window]:
     A row counts in the first window that has both it and the token after it. The last window lies as far back as it
     can, so that every window of a long document is full. A `DataError` unless 1 <= stride < context.
     """
-    if not 1 <= stride < context:
-        raise DataError(
-            f"a stride of {stride} with a context of {context}: it must be at least 1 and below the context"
-        )
+    check_stride(context, stride)
     start = first = 0
     while first < length:
         stop = min(start + context, length)
         last = length if stop == length else stop - 1
         yield Window(start, stop, first, last)
         first, start = last, max(0, min(start + stride, length - context))
+
+
+def check_stride(context: int, stride: int) -> None:
+    """Raise a `DataError` unless 1 <= stride < context."""
+    if not 1 <= stride < context:
+        raise DataError(f"a stride of {stride} with a context of {context}: it must be from 1 to {context - 1}")
 
 
 def find_sources(arguments: Iterable[str]) -> tuple[DataSource, ...]:
@@ -194,10 +137,16 @@ def _files(folder: Path, notice: Notice) -> Iterator[Path]:
 
 
 def _is_binary(file: Path) -> bool:
-    if file.suffix.lower() in _BINARY:
-        return True
+    """Whether a file looks binary, and its name does not say that it is text."""
+    if file.suffix.lower() == ".jsonl" or (mimetypes.guess_type(file.name)[0] or "").startswith("text/"):
+        return False
     with file.open("rb") as opened:
-        return b"\0" in opened.read(_HEAD)
+        head = opened.read(_HEAD)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return True
+    return b"\0" in head
 
 
 def _in_file(file: Path, name: str, domain: str, field: str, *, chat: bool) -> Iterator[Document]:

@@ -57,7 +57,7 @@ class Encoder:
             raise DataError(f"'{document.name}': the chat template refuses this conversation: {error}") from error
 
     def encode(self, documents: Sequence[Document], texts: Sequence[str]) -> list[Encoded]:
-        """The documents, whose texts are `texts`, as tokens, with the special ones that the tokenizer adds to plain text."""
+        """The documents, whose texts are `texts`, as tokens; plain text with the tokenizer's special ones."""
         if not documents:
             return []
         chat = documents[0].messages is not None

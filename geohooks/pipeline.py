@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from geohooks.artifacts import DataSource, ModelSource, Provenance, code_versions
-from geohooks.documents import Document, Window, read_documents, size_of, windows
+from geohooks.documents import Document, Window, check_stride, read_documents, size_of, windows
 from geohooks.encoding import Encoded, Encoder
 from geohooks.errors import ArtifactError, DataError
 from geohooks.host import Host, instrument
@@ -247,7 +247,8 @@ class Measurement:
         there = run.part_numbers()
         if there and there[-1] >= count:
             raise ArtifactError(
-                f"'{run.path}' has a part {there[-1]}, and the data now end at {count - 1}: they changed"
+                f"'{run.path}' has a part {there[-1]}, and the data end before it now: they have changed since; "
+                "name another folder, or delete this one"
             )
         if count == 0:
             raise DataError("the data hold no document; name files with text in them")
@@ -318,10 +319,7 @@ def _resolved(settings: Settings, model: Any, base: Any) -> Settings:
     if most is not None and context > most:
         raise DataError(f"a context of {context} is more than the {most} positions of the model; lower --context")
     stride = settings.stride or max(1, context // 2)
-    if not 1 <= stride < context:
-        raise DataError(
-            f"a stride of {stride} with a context of {context}: it must be at least 1 and below the context"
-        )
+    check_stride(context, stride)
     return attrs.evolve(settings, context=context, stride=stride)
 
 

@@ -15,7 +15,7 @@ import pluggy
 from torch import nn
 
 from geohooks.adapter import Adapter
-from geohooks.errors import AdapterError, PluginError
+from geohooks.errors import AdapterError, GeohooksError, PluginError
 from geohooks.hookspecs import AdapterSpecs
 
 __all__ = ["Installed", "adapter_for", "disabled", "installed", "load_plugin"]
@@ -31,7 +31,7 @@ class Installed:
     distribution: str
     origin: str
     target: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def disabled() -> frozenset[str]:
@@ -44,36 +44,50 @@ def disabled() -> frozenset[str]:
 def installed(group: str) -> tuple[Installed, ...]:
     """Every entry point of `group`, "geohooks.plugins" or "geohooks.adapters", by name.
 
-    One that can't be loaded is kept with its error and logged; the others are not touched by it.
+    One that can't be loaded is kept with its error and logged; the others are not touched by it. Plugins that
+    `GEOHOOKS_DISABLE_PLUGINS` names are left out and not imported.
     """
-    found = sorted(set(metadata.entry_points(group=group)), key=lambda point: (point.name, point.value))
-    return tuple(_loaded(point) for point in found)
+    left_out = disabled() if group == "geohooks.plugins" else frozenset()
+    found = {point for point in metadata.entry_points(group=group) if point.name not in left_out}
+    return tuple(_loaded(point) for point in sorted(found, key=lambda point: (point.name, point.value)))
 
 
 def _loaded(point: metadata.EntryPoint) -> Installed:
     distribution = point.dist.name if point.dist is not None else "unknown"
     origin = f"{distribution} {point.dist.version if point.dist is not None else ''}".strip()
+    entry = Installed(point.name, distribution, f"{origin} ({point.value})")
     try:
-        return Installed(point.name, distribution, f"{origin} ({point.value})", point.load())
-    except Exception as error:  # noqa: BLE001 - a foreign module may raise anything; it must not break the others
+        return attrs.evolve(entry, target=point.load())
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a foreign module may raise anything; others go on
         _log.warning("entry point '%s' of %s can't be loaded: %r", point.name, origin, error)
-        return Installed(point.name, distribution, f"{origin} ({point.value})", error=error)
+        return attrs.evolve(entry, error=error)
 
 
 def load_plugin(name: str) -> Any:
     """A new plugin of the entry point called `name`; `PluginError` names the nearest where there is none."""
     if name in disabled():
         raise PluginError(f"plugin '{name}' is kept out by GEOHOOKS_DISABLE_PLUGINS; take its name off that list")
-    known = installed("geohooks.plugins")
-    found = next((entry for entry in known if entry.name == name), None)
-    if found is None:
-        names = [entry.name for entry in known]
-        nearest = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-        raise PluginError(f"no plugin '{name}' is installed{hint} Installed are: {', '.join(names) or 'none'}")
-    if found.error is not None:
-        raise PluginError(f"plugin '{name}' of {found.origin} can't be loaded: {found.error!r}") from found.error
+    found = _named("geohooks.plugins", name)
     return found.target() if inspect.isclass(found.target) else found.target
+
+
+def _named(group: str, name: str) -> Installed:
+    """The one entry point of `group` called `name`, loaded."""
+    what = group.removeprefix("geohooks.").removesuffix("s")
+    failure = AdapterError if what == "adapter" else PluginError
+    entries = installed(group)
+    found = [entry for entry in entries if entry.name == name]
+    if not found:
+        names = sorted({entry.name for entry in entries})
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ";"
+        raise failure(f"no {what} '{name}' is installed{hint} installed are: {', '.join(names) or 'none'}")
+    if len(found) > 1:
+        origins = " and ".join(entry.origin for entry in found)
+        raise failure(f"{what} '{name}' is installed twice: {origins}; uninstall one, or give the object itself")
+    if found[0].error is not None:
+        raise failure(f"{what} '{name}' of {found[0].origin} can't be loaded: {found[0].error!r}") from found[0].error
+    return found[0]
 
 
 @functools.cache
@@ -82,25 +96,42 @@ def _adapters() -> pluggy.PluginManager:
     manager.add_hookspecs(AdapterSpecs)
     for entry in installed("geohooks.adapters"):
         if entry.error is None:
-            manager.register(entry.target, entry.name)
+            try:
+                manager.register(entry.target, entry.origin)
+            except (pluggy.PluginValidationError, ValueError) as error:
+                _log.warning("adapter '%s' of %s can't be used: %s", entry.name, entry.origin, error)
     return manager
 
 
 def adapter_for(model: nn.Module, adapter: str | Adapter | None = None) -> Adapter:
-    """The adapter for `model`: the one given, the one installed under the name given, or the first that answers."""
+    """The adapter for `model`: the one given, the one installed under the name given, or the first that answers.
+
+    One that raises is logged, and the next is asked; a `GeohooksError` of its own is its answer.
+    """
     if isinstance(adapter, Adapter):
         return adapter
     if isinstance(adapter, str):
-        chosen = _adapters().get_plugin(adapter)
-        if chosen is None:
-            names = ", ".join(name for name, _ in _adapters().list_name_plugin())
-            raise AdapterError(f"no adapter '{adapter}' is installed; installed are: {names or 'none'}")
-        answer = chosen.adapt(model=model)
-    elif adapter is None:
-        answer = _adapters().hook.adapt(model=model)
-    else:
+        answer = _named("geohooks.adapters", adapter).target.adapt(model=model)
+        if answer is None:
+            raise AdapterError(
+                f"adapter '{adapter}' can't read {type(model).__name__}; leave adapter= out, or give one"
+            )
+        return answer
+    if adapter is not None:
         raise AdapterError(f"adapter={adapter!r} is neither an Adapter nor the name of one")
-    if answer is None:
-        who = f"adapter '{adapter}'" if adapter else "no installed adapter"
-        raise AdapterError(f"{who} can read {type(model).__name__}; give adapter= an Adapter of your own")
-    return answer
+    for implementation in reversed(_adapters().hook.adapt.get_hookimpls()):
+        answer = _asked(implementation, model)
+        if answer is not None:
+            return answer
+    raise AdapterError(f"no installed adapter can read {type(model).__name__}; give adapter= an Adapter of your own")
+
+
+def _asked(implementation: pluggy.HookImpl, model: nn.Module) -> Any:
+    try:
+        return implementation.function(model)
+    except GeohooksError:
+        raise
+    except Exception as error:  # noqa: BLE001 - one broken adapter must not keep the others from answering
+        name = implementation.plugin_name
+        _log.warning("adapter %s failed on %s and was passed over: %r", name, type(model).__name__, error)
+        return None

@@ -34,11 +34,9 @@ def drawn(name: str, domain: str, tokens: Sequence[str], seed: int, signals: Seq
     generator = np.random.default_rng(seed)
     values: dict[str, list[float | None]] = {}
     for signal in signals:
-        column = (
-            generator.gamma(1.5, size=len(tokens))
-            if not signal.endswith(("_change", "_increase", "_gap"))
-            else (generator.normal(size=len(tokens)))
-        )
+        column = generator.gamma(1.5, size=len(tokens))
+        if signal.endswith(("_change", "_increase", "_gap")):
+            column = generator.normal(0.5, 1, size=len(tokens))
         if signal == "top1_probability":
             column = generator.uniform(size=len(tokens))
         values[signal] = [float(np.float32(value)) for value in column]

@@ -143,7 +143,7 @@ def test_positions_are_those_of_a_packed_batch(llama, ids):
 def test_positions_of_a_pair_are_those_of_each_stack():
     model = zoo.untrained("t5")
     inputs = zoo.example_inputs(model, length=5)
-    inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :3]
+    inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :3].contiguous()
     seen = look_at(
         model,
         lambda call: (call.positions("encoder"), call.positions("decoder"), call.mask("encoder"), call.mask()),

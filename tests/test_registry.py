@@ -174,7 +174,7 @@ def test_two_plugins_of_one_name_are_told_apart(install, caplog):
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(PluginError, match=r"no plugin 'signal' is installed; did you mean 'signals'\?"):
         geohooks.instrument(zoo.untrained("llama"), ["signal"])
-    with pytest.raises(PluginError, match=r"no plugin 'xyzzy' is installed.* Installed are: .*signals"):
+    with pytest.raises(PluginError, match=r"no plugin 'xyzzy' is installed.* installed are: .*signals"):
         load_plugin("xyzzy")
 
 
@@ -200,7 +200,6 @@ def test_a_plugin_that_is_kept_out_is_not_even_imported(install, monkeypatch):
     with pytest.raises(PluginError, match="signals"):
         load_plugin("signalz")
     assert "fatal_module" not in sys.modules
-    assert [one.error for one in installed("geohooks.plugins") if one.name == "fatal"] in ([], [None])
 
 
 # Choosing the adapter
@@ -223,7 +222,7 @@ def test_an_adapter_may_be_given():
 
 def test_an_adapter_that_does_not_fit_is_refused():
     model = zoo.untrained("llama")
-    with pytest.raises(AdapterError, match="no adapter 'lama' is installed; installed are: .*llama"):
+    with pytest.raises(AdapterError, match="no adapter 'lama' is installed.* installed are: .*llama"):
         geohooks.instrument(model, adapter="lama")
     with pytest.raises(AdapterError, match="adapter 't5' can't read LlamaForCausalLM"):
         geohooks.instrument(model, adapter="t5")

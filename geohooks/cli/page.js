@@ -62,8 +62,8 @@ function colour(signal, level) {
 }
 
 // The strongest steps are dark in a light page and light in a dark one: their text needs the other ink.
-const strong = (signal, level) => level !== null && Math.abs(level) >= (signal.signed ? 4 : 5);
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const strong = (signal, level) => Math.abs(level) >= (signal.signed ? 4 : 6) - (dark.matches ? 1 : 0);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const painted = name => name.startsWith("var(") ? css(name.slice(4, -1)) : name;
 

@@ -9,10 +9,10 @@ import sysconfig
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as fx_config
 
 from geohooks.measures.row_sums import RowSums
 
@@ -50,7 +50,7 @@ class CompiledRowSums(RowSums):
         """As `RowSums.one`."""
         super()._own_sums(0, logits, maximum, own, self._whole)
         if self._whole:
-            own += _compiled(_own_blocks)(logits[:, : self._whole], maximum).sum(2)
+            own += _run(_own_blocks, logits[:, : self._whole], maximum).sum(2)
 
     def pair(
         self, logits: tuple[Tensor, Tensor], maxima: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], cross: Tensor
@@ -62,20 +62,25 @@ class CompiledRowSums(RowSums):
         heads = [logit[:, : self._whole] for logit in logits]
         weights = self._weights[:, : len(logits[0]), : self._whole]
         if self._whole:
-            sums = _compiled(_pair_blocks)(*heads, *maxima, *weights).sum(2)
+            sums = _run(_pair_blocks, *heads, *maxima, *weights).sum(2)
             own[0].add_(sums[:4])
             own[1].add_(sums[4:8])
             cross[:2].add_(sums[8:])
         self._mixture_sum(own, cross[2], self._whole)
         if self._whole:
             scales = [one[0, :, None].reciprocal() for one in own]
-            cross[2].add_(_compiled(_mixture_blocks)(*weights, *scales).sum(1))
+            cross[2].add_(_run(_mixture_blocks, *weights, *scales).sum(1))
+
+
+def _run(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    # Sizes that happen to be equal in the first call must not have to be equal in the next: that would compile again.
+    with fx_config.patch(use_duck_shape=False):
+        return _compiled(function)(*tensors)
 
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
-    return torch.compile(function, **options)
+    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
 def _own_blocks(logits: Tensor, maximum: Tensor) -> Tensor:

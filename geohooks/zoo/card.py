@@ -125,7 +125,8 @@ def _training(figures: Mapping[str, Any], stage: str) -> str:
     return (
         f"{steps:,} steps of at most {recipe['batch_tokens']:,} tokens; AdamW, rate {recipe[f'{stage}_rate']}\n"
         f"with a warm-up and a cosine, on one thread with torch {versions['torch']}, transformers\n"
-        f"{versions['transformers']}, tokenizers {versions['tokenizers']}. Last training loss {last_loss:.3f} nats."
+        f"{versions['transformers']}, tokenizers {versions['tokenizers']}. Training loss (nats, the mean over the\n"
+        f"{recipe['report_every']} steps before): {last_loss:.3f} at the end."
     )
 
 

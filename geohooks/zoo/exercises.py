@@ -32,7 +32,9 @@ class Exercise:
 
 
 def exercises(tokenizer: Any, documents: Iterable[Document], limit: int) -> list[Exercise]:
-    """The exercises in the documents, of at most `limit` tokens each: longer texts are cut at their end.
+    """The exercises in the documents, with longer texts cut at their end so that an exercise has `limit` tokens.
+
+    A token or two more may come of it, where the ends of the text merge differently with what surrounds them.
 
     In code, every function that has a docstring, without it; the answer is the docstring's first line. In
     prose, every paragraph of more than 200 characters; the answer is the topic's title.

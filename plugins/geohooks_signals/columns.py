@@ -8,21 +8,16 @@ import pyarrow as pa
 
 __all__ = ["KEYS", "NEXT_TOKEN", "SIGNALS", "field"]
 
+_KEYS = {
+    "document": (pa.int64(), "the document's number, unique over the run"),
+    "position": (pa.int32(), "the token's place in its document, from 0"),
+    "token_id": (pa.int32(), "the token that was read here"),
+    "domain": (pa.dictionary(pa.int32(), pa.string()), "the domain of the document"),
+}
+
 KEYS = pa.schema(
-    [
-        pa.field(
-            "document", pa.int64(), metadata={"unit": "1", "description": "the document's number, unique over the run"}
-        ),
-        pa.field(
-            "position", pa.int32(), metadata={"unit": "1", "description": "the token's place in its document, from 0"}
-        ),
-        pa.field("token_id", pa.int32(), metadata={"unit": "1", "description": "the token that was read here"}),
-        pa.field(
-            "domain",
-            pa.dictionary(pa.int32(), pa.string()),
-            metadata={"unit": "1", "description": "the domain of the document"},
-        ),
-    ]
+    pa.field(name, kind, metadata={"unit": "1", "description": description})
+    for name, (kind, description) in _KEYS.items()
 )
 
 NEXT_TOKEN = frozenset({"nll", "calibration_gap", "calibration_z", "base_nll", "nll_increase"})

@@ -86,7 +86,10 @@ class Signals(geohooks.Plugin):
         return table_of(self._passes)
 
     def summary(self) -> pa.Table:
-        """One row a domain and signal: domain, signal, unit, positions that have it, mean, spread (standard deviation)."""
+        """One row a domain and signal: its unit, positions that have it, mean, and spread (standard deviation).
+
+        Rows whose logits were NaN do not count.
+        """
         return summary_of(self.table())
 
     def clear(self) -> None:

@@ -104,10 +104,9 @@ def summary_of(table: pa.Table) -> pa.Table:
     for name in table.column_names[len(KEYS) :]:
         unit = table.schema.field(name).metadata[b"unit"].decode()
         counted = table.select(["domain", name]).filter(pc.is_finite(table[name]))
-        found = counted.set_column(0, "domain", counted["domain"].cast(pa.string())).group_by(
-            "domain", use_threads=False
-        )
-        grouped = found.aggregate([(name, "count"), (name, "mean"), (name, "stddev")])
+        plain = counted.set_column(0, "domain", counted["domain"].cast(pa.string()))
+        aggregations = [(name, "count"), (name, "mean"), (name, "stddev")]
+        grouped = plain.group_by("domain", use_threads=False).aggregate(aggregations)
         rows += [
             {
                 "domain": one["domain"],
@@ -138,7 +137,7 @@ def as_rich(summary: pa.Table) -> rich.table.Table:
     """The summary for a person to read."""
     import rich.table
 
-    shown = rich.table.Table(title="signals", *summary.column_names)
+    shown = rich.table.Table(*summary.column_names, title="signals")
     for row in summary.to_pylist():
         cells = [f"{value:.4g}" if isinstance(value, float) else str(value or "") for value in row.values()]
         shown.add_row(*cells)

@@ -136,7 +136,7 @@ def test_another_signal_gives_other_colours(page: webdriver.Chrome) -> None:
 def test_a_higher_value_has_a_later_colour(page: webdriver.Chrome) -> None:
     choose(page, "signal", "entropy")
     values = DOCUMENTS[0].signals["entropy"]
-    steps = [int(one[6:-1]) if one else 0 for one in colours(page)[1:]]
+    steps = [int(one[7:-1]) if one else 0 for one in colours(page)[1:]]
     in_order = [steps[at] for at in np.argsort(values[:-1])]
     assert in_order == sorted(in_order)
     assert (in_order[0], in_order[-1]) == (0, 6)

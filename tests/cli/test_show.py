@@ -49,7 +49,7 @@ def test_prints_the_figures_and_writes_the_page(tmp_path: Path, capsys: pytest.C
     assert data["overview"]["rows"][-1][:3] == ["all", "2", "47"]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     tokens=st.lists(st.lists(st.text(max_size=4), min_size=1, max_size=8), min_size=1, max_size=4),
     seed=st.integers(0, 99),
