@@ -42,6 +42,10 @@ class Deaf(geohooks.Plugin):
 
     name = "deaf"
 
+    @geohooks.hookimpl
+    def sites(self) -> list[str]:
+        return []
+
 
 def model_of(width: int, layers: int, vocabulary: int) -> LlamaForCausalLM:
     """A random Llama of that shape."""

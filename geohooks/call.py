@@ -36,7 +36,8 @@ class Fault:
 class Generation:
     """One run of `generate`: how many forward passes of the main stack it has made, and the last of them.
 
-    With `beams` > 1 each row of the batch is a beam. `encoder_inputs` are the arguments that the encoder was called with, where it was run alone.
+    With `beams` > 1 each row of the batch is a beam. `encoder_inputs` are the arguments that the encoder was called
+    with, where it was run alone.
     """
 
     beams: int = 1
@@ -50,7 +51,8 @@ class Progress:
     """What the backend keeps of a call under way.
 
     The module whose pass it is, the plan that it began under, a byte for each of that plan's sites that has passed,
-    the stacks that have begun and those not yet done, who edited where, and the lock that the call holds, if any.
+    the stacks that have begun and those not yet done, who edited where, whether tensors
+    are saved for a backward pass, and the lock that the call holds, if any.
     """
 
     owner: nn.Module | None = None
@@ -59,6 +61,7 @@ class Progress:
     entered: set[str] = attrs.Factory(set)
     running: set[str | None] = attrs.Factory(set)
     edits: set[tuple[Site, str]] = attrs.Factory(set)
+    saving: bool = False
     lock: AbstractContextManager[Any] | None = None
 
 

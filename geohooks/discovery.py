@@ -33,6 +33,8 @@ _STACK_NAMES = {
     "text": "text",
     "language": "decoder",
 }
+# Under these names torch's checkpoint, FSDP and torch.compile wrappers hold what they wrap.
+_WRAPPED = ("._checkpoint_wrapped_module", "._fsdp_wrapped_module", "._orig_mod")
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -62,7 +64,9 @@ def declared_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
     lists: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():
         if isinstance(module, classes):
-            lists.setdefault(path.rpartition(".")[0], []).append(module)
+            # A layer may sit in a wrapper of its own: it is held where the wrapper is.
+            held = path.removesuffix(next((end for end in _WRAPPED if path.endswith(end)), ""))
+            lists.setdefault(held.rpartition(".")[0], []).append(module)
     return lists
 
 

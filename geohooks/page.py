@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from geohooks.errors import ArtifactError
 from geohooks.run import Column, Run
 from geohooks.summary import (
-    DomainSummary,
     Summary,
     WrongToken,
     domain_codes,
@@ -32,7 +31,7 @@ __all__ = ["Excerpt", "choose_excerpts", "colour_cuts", "facts", "render"]
 
 MOST_TOKENS = 24_000
 MOST_VALUES = 1_500_000
-LONGEST_EXCERPT = 2_000
+EXCERPTS = 12
 BINS = 48
 
 _RISING = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -61,7 +60,7 @@ def choose_excerpts(
 ) -> tuple[Excerpt, ...]:
     """What of `documents` a page of at most `most` tokens shows, in the order of the table.
 
-    All of it where it fits. Else at most `LONGEST_EXCERPT` tokens a document: first the documents in `worst`
+    All of it where it fits. Else of each document at most its share among `EXCERPTS`, or among all where they are fewer: first the documents in `worst`
     (document -> a position that must be seen), then the domains in turn, in the order of the table. `wanted`, numbers
     of documents, leaves out all others. Raises `ArtifactError` for a number that is not in the table.
     """
@@ -73,10 +72,11 @@ def choose_excerpts(
             f"document {missing[0]} is not in the run, which has {len(known)} documents"
             + (f", numbered {known[0]} to {known[-1]}" if known else "")
         )
-    cut = sum(one["tokens"] for one in rows) > most
+    fits = sum(one["tokens"] for one in rows) <= most
+    longest = most if fits else max(1, most // min(EXCERPTS, len(rows)))
     chosen, left = {}, most
     for one in _in_turn(rows, worst):
-        length = min(one["tokens"], LONGEST_EXCERPT if cut else most, left)
+        length = min(one["tokens"], longest, left)
         start = min(max(0, worst.get(one["document"], 0) - length // 2), one["tokens"] - length)
         if length:
             chosen[one["document"]] = Excerpt(
@@ -192,15 +192,10 @@ def _signals(run: Run, signals: Sequence[Column], summary: Summary) -> list[dict
                 "low": low,
                 "high": high,
                 "counts": counts,
-                "means": [_mean(one, signal.name) for one in (*summary.domains, summary.whole)],
+                "means": [str(one.moments[signal.name]) for one in (*summary.domains, summary.whole)],
             }
         )
     return made
-
-
-def _mean(domain: DomainSummary, signal: str) -> str:
-    moments = domain.moments[signal]
-    return f"{format_number(moments.mean)} ± {format_number(moments.spread)}"
 
 
 def _histogram(values: Values, codes: NDArray[np.intp], domains: int) -> tuple[float, float, list[list[int]]]:
@@ -251,5 +246,5 @@ def _sample(documents: pa.Table, excerpts: Sequence[Excerpt], run_tokens: int) -
     return [
         f"The text and the plane show a sample: {shown:,} of {run_tokens:,} tokens, from {len(excerpts):,} of "
         f"{documents.num_rows:,} documents; first those with the most confident and wrong tokens, then the domains "
-        f"in turn, at most {LONGEST_EXCERPT:,} tokens a document. Means, colours and histograms are of the whole run."
+        f"in turn, at most {max(one.stop - one.start for one in excerpts):,} tokens a document. Means, colours and histograms are of the whole run."
     ]

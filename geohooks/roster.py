@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pluggy
 
 from geohooks.anatomy import Anatomy
-from geohooks.errors import PluginError
+from geohooks.errors import PluginError, SelectorError
 from geohooks.hookspecs import PluginSpecs
 from geohooks.sites import ATTENTION_KINDS, HIDDEN_KINDS, Site
 
@@ -49,7 +49,12 @@ class _Registered:
     """What pluggy sees of a plugin: its marked methods and nothing else, compared by identity."""
 
     def __init__(self, plugin: object) -> None:
-        for hook, function in _marked(plugin):
+        hooks = tuple(_marked(plugin))
+        if not hooks:
+            raise PluginError(
+                f"{plugin!r} implements no hook, so it is no plugin; mark methods with @geohooks.hookimpl"
+            )
+        for hook, function in hooks:
             if hasattr(self, hook):
                 raise PluginError(f"plugin '{_called(plugin)}' has two methods for the hook '{hook}'; keep one")
             setattr(self, hook, function)
@@ -81,13 +86,25 @@ class Roster:
         wanted = _call(self._registered[name].sites, anatomy)  # type: ignore[attr-defined]
         if wanted is None:
             raise PluginError(f"plugin '{name}': sites(anatomy) returned None; return a list of selectors, [] for none")
-        sites = anatomy.select(wanted)
-        for site in sites:
-            if not self.implements(name, hook_of(site)):
-                raise PluginError(
-                    f"plugin '{name}' asks for '{site}' but does not implement {hook_of(site)}, which hears it"
-                )
-        return frozenset(sites)
+        if not isinstance(wanted, (str, Site, Iterable)):
+            raise PluginError(f"plugin '{name}': sites(anatomy) returned {wanted!r}; return a list of selectors")
+        chosen: set[Site] = set()
+        for selector in [wanted] if isinstance(wanted, (str, Site)) else wanted:
+            chosen |= self._heard(name, selector, anatomy)
+        return frozenset(chosen)
+
+    def _heard(self, name: str, selector: str | Site, anatomy: Anatomy) -> set[Site]:
+        """The sites of one selector whose hooks the plugin implements; at least one, or it is an error."""
+        try:
+            sites = anatomy.select([selector])
+        except SelectorError as error:
+            raise SelectorError(f"plugin '{name}': {error}") from error
+        heard = {site for site in sites if self.implements(name, hook_of(site))}
+        if not heard:
+            raise PluginError(
+                f"plugin '{name}' asks for '{selector}' but does not implement {hook_of(sites[0])}, which hears it"
+            )
+        return heard
 
     def chooses_sites(self, name: str) -> bool:
         """Whether the plugin says which sites it hears; only then may it edit."""
@@ -139,7 +156,7 @@ def _marked(plugin: object) -> Iterator[tuple[str, Callable[..., Any]]]:
             if hook not in _HOOKS:
                 raise PluginError(_misspelt(who, hook))
             yield hook, getattr(plugin, name)
-        elif name in _HOOKS and name.startswith("on_") and callable(inspect.getattr_static(plugin, name)):
+        elif name in _HOOKS and inspect.isfunction(getattr(type(plugin), name, None)):
             raise PluginError(f"plugin '{who}': method {name} is not marked; put @geohooks.hookimpl above it")
 
 

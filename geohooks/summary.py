@@ -54,6 +54,9 @@ class Moments:
     mean: float
     spread: float
 
+    def __str__(self) -> str:
+        return f"{format_number(self.mean)} ± {format_number(self.spread, 2)}"
+
 
 @attrs.frozen
 class DomainSummary:
@@ -234,13 +237,13 @@ def _before(tokens: Sequence[str], position: int) -> str:
     return "".join(tokens[max(0, position - CONTEXT) : position + 1])
 
 
-def format_number(value: float | None) -> str:
-    """Four significant digits; an en dash where there is no number."""
+def format_number(value: float | None, digits: int = 4) -> str:
+    """`value` with so many significant digits; an en dash where there is no number."""
     if value is None or math.isnan(value):
         return "\N{EN DASH}"
     if math.isinf(value):
         return "\N{INFINITY}" if value > 0 else "\N{MINUS SIGN}\N{INFINITY}"
-    written = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    written = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}"
     return written.replace("-", "\N{MINUS SIGN}")
 
 

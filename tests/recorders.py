@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -228,6 +229,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    """Inside, threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -9,13 +9,30 @@ from pathlib import Path
 import attrs
 import numpy as np
 import pyarrow as pa
+
 from geohooks.artifacts import DataSource, ModelSource, Provenance
 from geohooks.run import Column, Manifest, Part, Run, Totals
 
-MAIN = (
-    "entropy renyi2 varentropy residual top1_probability margin nll calibration_gap calibration_z forward_kl "
-    "reverse_kl jensen_shannon entropy_change varentropy_change top1_agreement base_entropy base_nll nll_increase"
-).split()
+MAIN = [
+    "entropy",
+    "renyi2",
+    "varentropy",
+    "residual",
+    "top1_probability",
+    "margin",
+    "nll",
+    "calibration_gap",
+    "calibration_z",
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "entropy_change",
+    "varentropy_change",
+    "top1_agreement",
+    "base_entropy",
+    "base_nll",
+    "nll_increase",
+]
 NEXT_TOKEN = ("nll", "calibration_gap", "calibration_z", "base_nll", "nll_increase")
 
 

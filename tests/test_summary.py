@@ -6,6 +6,10 @@ from pathlib import Path
 import attrs
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runs import MAIN, Written, drawn, write_run
+
 from geohooks.errors import ArtifactError
 from geohooks.run import Run
 from geohooks.summary import (
@@ -21,9 +25,6 @@ from geohooks.summary import (
     summarise,
     tail_threshold,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from runs import MAIN, Written, drawn, write_run
 
 NAN = math.nan
 
@@ -244,7 +245,15 @@ def test_a_missing_column_names_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "written"),
-    [(None, "–"), (NAN, "–"), (math.inf, "∞"), (-math.inf, "−∞"), (-1.23456, "−1.235"), (12345.6, "12,346"), (0, "0")],
+    [
+        (None, "\N{EN DASH}"),
+        (NAN, "\N{EN DASH}"),
+        (math.inf, "\N{INFINITY}"),
+        (-math.inf, "\N{MINUS SIGN}\N{INFINITY}"),
+        (-1.23456, "\N{MINUS SIGN}1.235"),
+        (12345.6, "12,346"),
+        (0, "0"),
+    ],
 )
 def test_numbers_have_four_digits(value: float | None, written: str) -> None:
     assert format_number(value) == written

@@ -17,7 +17,6 @@ class Current(threading.local):
 
     call: Call | None = None
     paused: int = 0
-    checkpointed: bool = False
     recomputing: bool = False
     generation: Generation | None = None
 
@@ -39,12 +38,12 @@ class Current(threading.local):
     @contextmanager
     def checkpoint(self, call: Call, *, recomputing: bool) -> Iterator[None]:
         """Inside, events are under a checkpoint and belong to `call`, also in another thread than it began in."""
-        before = self.call, self.checkpointed, self.recomputing
-        self.call, self.checkpointed, self.recomputing = call, True, recomputing
+        before = self.call, self.recomputing
+        self.call, self.recomputing = call, recomputing
         try:
             yield
         finally:
-            self.call, self.checkpointed, self.recomputing = before
+            self.call, self.recomputing = before
 
 
 _live: weakref.WeakSet[Current] = weakref.WeakSet()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _pop_saved_tensors_default_hooks, _push_saved_tensors_default_hooks
 
 from geohooks.anatomy import Tap
 from geohooks.backends import checkpointing
@@ -156,8 +157,19 @@ class TorchHooks:
         progress = event.call.progress
         if progress.plan is self:
             progress.fired[index] = 1
-        if self.current.checkpointed:
-            listeners = _under_checkpoint(listeners, event)
+        if event.recomputing:
+            listeners = tuple(one for one in listeners if (event.site, one.plugin) in progress.edits)
+        if not progress.saving:
+            self._tell(listeners, event)
+            return
+        # What plugins save for the backward pass is theirs: a checkpoint may count only what the model saves.
+        _push_saved_tensors_default_hooks(_same, _same)
+        try:
+            self._tell(listeners, event)
+        finally:
+            _pop_saved_tensors_default_hooks()
+
+    def _tell(self, listeners: Listeners, event: Any) -> None:
         for listener in listeners:
             before = event.value
             try:
@@ -212,7 +224,7 @@ class TorchHooks:
         inputs = {**dict(zip(self._parameters[module], args, strict=False)), **kwargs}
         host = self.host
         call = Call(host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation)
-        call.progress = Progress(module, self, bytearray(len(self.sites)))
+        call.progress = Progress(module, self, bytearray(len(self.sites)), saving=torch.is_grad_enabled())
         if getattr(host.reference, "exclusive", False):
             call.progress.lock = host.reference.lock  # type: ignore[union-attr]
             call.progress.lock.__enter__()
@@ -308,24 +320,6 @@ class TorchHooks:
                 f"'{adapter.name}' does not know its loss; call it without labels and compute the loss from the logits"
             )
         return new - old
-
-
-def _under_checkpoint(listeners: Listeners, event: Any) -> Listeners:
-    """Who hears an event inside a checkpoint: all in the first pass, in the recompute those who edited in the first.
-
-    What they save for the backward pass is theirs: a checkpoint may count only what the model saves.
-    """
-    if event.recomputing:
-        listeners = tuple(one for one in listeners if (event.site, one.plugin) in event.call.progress.edits)
-    return tuple(Listener(one.plugin, _saving_apart(one.function)) for one in listeners)
-
-
-def _saving_apart(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def apart(event: Any) -> Any:
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            return function(event)
-
-    return apart
 
 
 def _same(value: Any) -> Any:

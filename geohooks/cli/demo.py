@@ -20,7 +20,7 @@ MODEL, BASE = "zoo:qwen3-moe-tiny-tuned", "zoo:qwen3-moe-tiny-base"
 
 def demo(
     *,
-    out: Annotated[Path, typer.Option(help="The folder for the texts, the run and the page.")] = Path("geohooks-demo"),
+    out: Annotated[Path, typer.Option(help="The folder for the texts, the run and the page.")] = Path("demo-report"),
     smoke: Annotated[
         bool,
         typer.Option("--smoke", help="Two short documents a domain, in the folder's `smoke`."),
@@ -32,7 +32,7 @@ def demo(
     """
     folder, documents, longest = (out / "smoke", 2, 1_200) if smoke else (out, 10, 5_000)
     data = [f"{domain}={_written(folder / 'data' / domain, domain, documents, longest)}" for domain in text.domains()]
-    measure(data, model=MODEL, base=BASE, out=folder / "run")
+    measure(data, model=MODEL, base=BASE, out=folder / "run", dtype="float32")
     report(Console(), Run.open(folder / "run"), html=folder / "report.html")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from importlib import metadata
+from typing import TypeAlias
 
 from rich import box
 from rich.console import Console
@@ -15,6 +18,8 @@ from geohooks.roster import Roster
 
 __all__ = ["plugins"]
 
+Row: TypeAlias = tuple[Text, ...]
+
 
 def plugins() -> None:
     """List the plugins and adapters that are installed, where they come from, and which hooks they implement.
@@ -23,46 +28,56 @@ def plugins() -> None:
     """
     console = Console()
     for title in ("plugins", "adapters"):
-        found = installed(f"geohooks.{title}")
-        if found:
-            console.print(_listing(title, found))
-        else:
-            console.print(f"no {title} are installed")
+        rows = [_row(title, entry) for entry in installed(f"geohooks.{title}")]
+        rows += _kept_out() if title == "plugins" else []
+        console.print(_listing(title, rows) if rows else f"no {title} are installed")
 
 
-def _listing(title: str, found: tuple[Installed, ...]) -> Table:
+def _row(title: str, entry: Installed) -> Row:
+    return _plugin_row(entry) if title == "plugins" else _adapter_row(entry)
+
+
+def _listing(title: str, rows: Iterable[Row]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", no_wrap=True)
-    table.add_column("from", overflow="fold")
-    if title == "plugins":
-        table.add_column("hooks", overflow="fold")
-    table.add_column("description", overflow="fold")
-    for entry in found:
-        table.add_row(*(_plugin_row(entry) if title == "plugins" else _adapter_row(entry)))
+    for column in ("from", "hooks", "description") if title == "plugins" else ("from", "description"):
+        table.add_column(column, overflow="fold")
+    for row in sorted(rows, key=lambda row: row[0].plain):
+        table.add_row(*row)
     return table
 
 
-def _plugin_row(entry: Installed) -> tuple[Text, ...]:
+def _kept_out() -> list[Row]:
+    """The plugins that the environment names; they are not imported, so their hooks are not known."""
+    found = {point.name: point for point in metadata.entry_points(group="geohooks.plugins")}
+    rows: list[Row] = []
+    for name in sorted(disabled()):
+        point = found.get(name)
+        origin = f"{point.dist.name} {point.dist.version} ({point.value})" if point and point.dist else "not installed"
+        said = Text("kept out by GEOHOOKS_DISABLE_PLUGINS", style="yellow")
+        rows.append((Text(f"{name} (disabled)"), Text(origin), Text(""), said))
+    return rows
+
+
+def _plugin_row(entry: Installed) -> Row:
     if entry.error is not None:
         return (Text(entry.name), Text(entry.origin), Text(""), _broken(entry.error))
-    name = Text(entry.name)
-    if entry.name in disabled():
-        name.append(" (disabled)", style="yellow")
     try:
         # the class as it stands: listing a plugin must not make one
         hooks = dict(Roster({entry.name: entry.target}).all_hooks())[entry.name]
     except PluginError as error:
-        return (name, Text(entry.origin), Text(""), _broken(error))
-    return (name, Text(entry.origin), Text(", ".join(hooks) or "none"), Text(_description(entry.target)))
+        return (Text(entry.name), Text(entry.origin), Text(""), _broken(error))
+    return (Text(entry.name), Text(entry.origin), Text(", ".join(hooks) or "none"), Text(_description(entry.target)))
 
 
-def _adapter_row(entry: Installed) -> tuple[Text, ...]:
+def _adapter_row(entry: Installed) -> Row:
     said = _broken(entry.error) if entry.error is not None else Text(_description(entry.target))
     return (Text(entry.name), Text(entry.origin), said)
 
 
-def _broken(error: Exception) -> Text:
-    return Text(f"can't be loaded: {' '.join(repr(error).split())}", style="red")
+def _broken(error: BaseException) -> Text:
+    said = str(error) if isinstance(error, PluginError) else repr(error)
+    return Text(f"can't be loaded: {' '.join(said.split())}", style="red")
 
 
 def _description(target: object) -> str:

@@ -18,7 +18,6 @@ from geohooks.errors import ArtifactError
 from geohooks.page import facts, render
 from geohooks.run import Run
 from geohooks.summary import (
-    Moments,
     Summary,
     WrongToken,
     confident_and_wrong,
@@ -115,12 +114,8 @@ def _table(summary: Summary, signals: Sequence[str]) -> Table:
     table.add_section()
     domains = summary.domains if len(summary.domains) == 1 else (*summary.domains, summary.whole)
     for signal in signals:
-        table.add_row(signal.replace("_", " "), *(_spread(one.moments[signal]) for one in domains))
+        table.add_row(signal.replace("_", " "), *(str(one.moments[signal]) for one in domains))
     return table
-
-
-def _spread(moments: Moments) -> str:
-    return f"{format_number(moments.mean)} ± {format_number(moments.spread)}"
 
 
 def _worst(worst: Sequence[WrongToken]) -> Text:

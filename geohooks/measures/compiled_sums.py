@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,13 +75,14 @@ class CompiledRowSums(RowSums):
 
 def _run(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     # Sizes that happen to be equal in the first call must not have to be equal in the next: that would compile again.
-    with fx_config.patch(use_duck_shape=False):
-        return _compiled(function)(*tensors)
+    with cast(Any, fx_config).patch(use_duck_shape=False):
+        # `.data` forgets which tensor a view was taken of, whose shape would be guarded too.
+        return _compiled(function)(*(tensor.data for tensor in tensors))
 
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=64)
+    return cast(Any, torch.compile)(function, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
 def _own_blocks(logits: Tensor, maximum: Tensor) -> Tensor:

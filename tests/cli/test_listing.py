@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from geohooks import registry
 from geohooks.cli import main
 
@@ -88,10 +89,14 @@ def test_what_is_broken_is_listed_with_its_error_and_stops_nothing(foreign, caps
     assert "can't be loaded" not in row(lines, "llama")
 
 
-def test_what_is_kept_out_is_marked(foreign, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("GEOHOOKS_DISABLE_PLUGINS", "counter")
+def test_what_is_kept_out_is_marked_and_not_imported(foreign, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("GEOHOOKS_DISABLE_PLUGINS", "broken,absent")
     lines = listing(capsys, monkeypatch)
-    assert "counter (disabled)" in row(lines, "counter")
+    broken = row(lines, "broken")
+    assert "broken (disabled)" in broken
+    assert "foreign-plugins 3.2.1 (listed_broken)" in broken
+    assert "ZeroDivisionError" not in "".join(lines)
+    assert "not installed" in row(lines, "absent")
     assert "(disabled)" not in row(lines, "signals")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from geohooks.cli import main
 from runs import MAIN, drawn, write_run
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
@@ -17,11 +16,20 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
+from geohooks.cli import main
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,1000"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,1000",
+)
 HOSTILE = (
     "plain", " </script><script>document.title='hacked'</script>", " <b>bold</b>", "\n\n", " &amp;", '"', "'",
     "\x1b", "\u202e", "\u2028", "🙂", "�", "", "<img src=x onerror=\"document.title='hacked'\">",
@@ -86,7 +94,7 @@ def shown(page: webdriver.Chrome, signal: str) -> list[str]:
 
 
 def number(text: str) -> float:
-    return float("nan") if text == "–" else float(text.replace("−", "-").replace(",", ""))
+    return float("nan") if text == "\N{EN DASH}" else float(text.replace("\N{MINUS SIGN}", "-").replace(",", ""))
 
 
 def painted(page: webdriver.Chrome, canvas: WebElement) -> int:
@@ -99,7 +107,7 @@ def painted(page: webdriver.Chrome, canvas: WebElement) -> int:
 
 
 def test_nothing_is_fetched(page: webdriver.Chrome, written: Path) -> None:
-    sent = [line["message"] for line in page.get_log("performance") if "Network.requestWillBeSent\"" in line["message"]]
+    sent = [line["message"] for line in page.get_log("performance") if 'Network.requestWillBeSent"' in line["message"]]
     addresses = [one.split('"url":"')[1].split('"')[0] for one in sent]
     assert {one for one in addresses if not one.startswith("data:")} == {written.as_uri()}
     assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
@@ -165,7 +173,7 @@ def test_pointing_at_a_token_shows_its_two_rows(page: webdriver.Chrome, at: int)
 def test_the_arrow_keys_move_through_the_tokens(page: webdriver.Chrome) -> None:
     page.execute_script("document.querySelector('#text > span').focus()")
     ActionChains(page).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT).perform()
-    assert page.execute_script("return [...document.activeElement.parentElement.children].indexOf(document.activeElement)") == 2
+    assert page.switch_to.active_element == tokens(page)[2]
     assert number(shown(page, "entropy")[1]) == pytest.approx(DOCUMENTS[0].signals["entropy"][2], rel=6e-4)
 
 
@@ -235,7 +243,7 @@ def test_a_wrong_token_is_found_in_its_place(page: webdriver.Chrome) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_text_is_legible_on_every_colour_and_nothing_is_cut_off(page: webdriver.Chrome, scheme: str, width: int) -> None:
+def test_text_is_legible_on_every_colour_at_every_width(page: webdriver.Chrome, scheme: str, width: int) -> None:
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from geohooks import page
-from geohooks.cli import main
-from geohooks.errors import ArtifactError
-from geohooks.page import LONGEST_EXCERPT, Excerpt, choose_excerpts, colour_cuts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from runs import MAIN, Written, drawn, write_run
 
-HOSTILE = ("</script><script>alert(1)</script>", "<b>bold</b>", "&amp;", '"', "'", "\x1b[31m", "[bold]", "\u2028", "🙂", "�")
+from geohooks import page
+from geohooks.cli import main
+from geohooks.errors import ArtifactError
+from geohooks.page import EXCERPTS, Excerpt, choose_excerpts, colour_cuts
+
+HOSTILE = ("</script><script>alert(1)</script>", "<b>bold</b>", "&amp;", '"', "'", "\x1b[31m", "[bold]", "\u2028", "🙂")
 
 
 def embedded(html: str) -> dict[str, Any]:
@@ -167,8 +169,8 @@ def test_a_large_run_shows_a_sample_and_says_so(tmp_path: Path, monkeypatch: pyt
     run = write_run(tmp_path / "run", [drawn(str(at), "x", "t" * 40, at) for at in range(4)], parts=2)
     assert geohooks("show", run.path) == 0
     data = embedded((run.path / "report.html").read_text(encoding="utf-8"))
-    assert sum(len(one["tokens"]) for one in data["excerpts"]) == 50
-    assert data["notes"][0].startswith("The text and the plane show a sample: 50 of 160 tokens, from 2 of 4 documents")
+    assert sum(len(one["tokens"]) for one in data["excerpts"]) == 48
+    assert data["notes"][0].startswith("The text and the plane show a sample: 48 of 160 tokens, from 4 of 4 documents")
     assert all(sum(map(sum, signal["counts"])) in (156, 160) for signal in data["signals"])
     for one in data["worst"]:
         if one["excerpt"] is not None:
@@ -179,14 +181,14 @@ def test_a_large_run_shows_a_sample_and_says_so(tmp_path: Path, monkeypatch: pyt
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.integers(0, 3 * LONGEST_EXCERPT), min_size=1, max_size=8),
-    most=st.integers(1, 4 * LONGEST_EXCERPT),
+    sizes=st.lists(st.integers(0, 900), min_size=1, max_size=EXCERPTS + 3),
+    most=st.integers(1, 4000),
     data=st.data(),
 )
 def test_excerpts_are_bounded_whole_where_they_fit_and_hold_the_worst(sizes: list[int], most: int, data) -> None:
-    import pyarrow as pa
-
-    rows = [{"document": 7 * at, "name": str(at), "domain": "xy"[at % 2], "tokens": size} for at, size in enumerate(sizes)]
+    rows = [
+        {"document": 7 * at, "name": str(at), "domain": "xy"[at % 2], "tokens": size} for at, size in enumerate(sizes)
+    ]
     filled = [row for row in rows if row["tokens"]]
     worst = {}
     if filled:
@@ -201,6 +203,8 @@ def test_excerpts_are_bounded_whole_where_they_fit_and_hold_the_worst(sizes: lis
     for document, position in worst.items():
         (one,) = (one for one in got if one.document == document)
         assert one.start <= position < one.stop
+    if sum(sizes) > most >= EXCERPTS:
+        assert max(one.stop - one.start for one in got) <= most // min(EXCERPTS, len(rows))
 
 
 @settings(max_examples=60, deadline=None)
@@ -227,8 +231,6 @@ def test_a_signal_of_both_signs_is_cut_by_magnitude() -> None:
 
 
 def test_unknown_documents_are_refused() -> None:
-    import pyarrow as pa
-
     table = pa.table({"document": [3, 5], "name": ["a", "b"], "domain": ["x", "x"], "tokens": [1, 1]})
     with pytest.raises(ArtifactError, match="document 4 is not in the run, which has 2 documents, numbered 3 to 5"):
         choose_excerpts(table, {}, 10, [4])

@@ -33,7 +33,7 @@ def assert_same(left: object, right: object) -> None:
 
 @needs_compiler
 def test_compiled_agrees_with_eager_without_compiling_again_for_other_sizes() -> None:
-    for number, shape in enumerate([(3, 5, 2500), (2, 7, 3100), (1, 9, 4096), (40, 2200)]):
+    for number, shape in enumerate([(3, 5, 2500), (2, 7, 3100), (1, 9, 5000), (40, 2200)]):
         tuned, base, targets = pair(*shape)
         tuned[..., :4] = base[..., :4] = -torch.inf
         tuned[0, ..., 7] = -torch.inf
