@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -51,8 +50,8 @@ class Progress:
     """What the backend keeps of a call under way.
 
     The module whose pass it is, the plan that it began under, a byte for each of that plan's sites that has passed,
-    the stacks that have begun and those not yet done, who edited where, whether tensors
-    are saved for a backward pass, and the lock that the call holds, if any.
+    the stacks that have begun and those not yet done, who edited where, and whether tensors are saved for a backward
+    pass.
     """
 
     owner: nn.Module | None = None
@@ -62,7 +61,6 @@ class Progress:
     running: set[str | None] = attrs.Factory(set)
     edits: set[tuple[Site, str]] = attrs.Factory(set)
     saving: bool = False
-    lock: AbstractContextManager[Any] | None = None
 
 
 class Call:

@@ -60,7 +60,7 @@ def choose_excerpts(
 ) -> tuple[Excerpt, ...]:
     """What of `documents` a page of at most `most` tokens shows, in the order of the table.
 
-    All of it where it fits. Else of each document at most its share among `EXCERPTS`, or among all where they are fewer: first the documents in `worst`
+    All of it where it fits. Else excerpts of equal length, of `EXCERPTS` documents or more: first those in `worst`
     (document -> a position that must be seen), then the domains in turn, in the order of the table. `wanted`, numbers
     of documents, leaves out all others. Raises `ArtifactError` for a number that is not in the table.
     """
@@ -127,7 +127,10 @@ def render(
     names = [column.name for column in signals]
     listing = run.documents(["document", "name", "domain", "tokens"])
     most = min(MOST_TOKENS, MOST_VALUES // max(1, len(names)))
-    excerpts = choose_excerpts(listing, {one.document: one.position for one in reversed(worst)}, most, documents)
+    seen: dict[int, int] = {}
+    for one in worst:
+        seen.setdefault(one.document, one.position)
+    excerpts = choose_excerpts(listing, seen, most, documents)
     data: dict[str, Any] = {
         "facts": list(facts(run).items()),
         "notes": [*_sample(listing, excerpts, summary.whole.tokens), *remarks(run, summary)],
@@ -241,10 +244,11 @@ def _worst(worst: Sequence[WrongToken], excerpts: Sequence[Excerpt]) -> list[dic
 
 def _sample(documents: pa.Table, excerpts: Sequence[Excerpt], run_tokens: int) -> list[str]:
     shown = sum(one.stop - one.start for one in excerpts)
+    longest = max((one.stop - one.start for one in excerpts), default=0)
     if shown == run_tokens:
         return []
     return [
         f"The text and the plane show a sample: {shown:,} of {run_tokens:,} tokens, from {len(excerpts):,} of "
         f"{documents.num_rows:,} documents; first those with the most confident and wrong tokens, then the domains "
-        f"in turn, at most {max(one.stop - one.start for one in excerpts):,} tokens a document. Means, colours and histograms are of the whole run."
+        f"in turn, at most {longest:,} tokens a document. Means, colours and histograms are of the whole run."
     ]

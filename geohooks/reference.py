@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,22 +45,15 @@ class Reference(Protocol):
 class InMemory:
     """A base model in memory: `model` answers for the same inputs, in evaluation mode, with a cache of its own."""
 
-    exclusive = False
-
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         inner = unwrap(model)
-        self._anatomy = adapter_for(inner).anatomy(inner)
+        self.anatomy = adapter_for(inner).anatomy(inner)
         self._caches: weakref.WeakKeyDictionary[Any, _BaseCache] = weakref.WeakKeyDictionary()
         self._encoder_outputs: weakref.WeakKeyDictionary[Generation, Any] = weakref.WeakKeyDictionary()
         self.lock = threading.RLock()
-        if self._anatomy.logits is None:
+        if self.anatomy.logits is None:
             raise ReferenceMismatch(f"{type(inner).__name__} has no head, so it gives no distribution to compare with")
-
-    @property
-    def outputs(self) -> int | None:
-        """How many outcomes the base's distribution is over."""
-        return self._anatomy.outputs
 
     def answer(self, call: Call) -> Answer:
         """The base's logits and routing for the inputs of `call`."""
@@ -69,9 +62,10 @@ class InMemory:
             cache = self._cache_for(call)
             if cache is not None:
                 inputs |= {"past_key_values": cache.own, "use_cache": True}
+                _shorten_mask(inputs, call)
             elif "use_cache" in call.inputs:
                 inputs["use_cache"] = False
-            with _heard_routers(self._anatomy, inputs) as routing:
+            with _heard_routers(self.anatomy, inputs) as routing:
                 output = self.model(**inputs)
         logits = output if isinstance(output, Tensor) else output["logits"] if hasattr(output, "keys") else output[0]
         return Answer(logits, routing)
@@ -83,7 +77,7 @@ class InMemory:
     def _inputs(self, call: Call) -> dict[str, Any]:
         """What the base is called with: nothing that the model itself has computed."""
         inputs = {name: value for name, value in call.inputs.items() if name not in _DROPPED}
-        if len(self._anatomy.stacks) == 1:
+        if len(self.anatomy.stacks) == 1:
             return inputs
         inputs["decoder_input_ids"] = call.token_ids
         if inputs.get("encoder_outputs") is not None:
@@ -100,7 +94,7 @@ class InMemory:
             )
         found = self._encoder_outputs.get(call.generation)
         if found is None:
-            found = self._encoder_outputs[call.generation] = self._anatomy.stack("encoder").module(**given)
+            found = self._encoder_outputs[call.generation] = self.anatomy.stack("encoder").module(**given)
         hidden = found[0]
         beams = call.batch_size // hidden.shape[0]
         return (hidden.repeat_interleave(beams, dim=0),)
@@ -115,18 +109,12 @@ class InMemory:
         found = self._caches.get(theirs)
         if found is None:
             found = self._caches[theirs] = _BaseCache(theirs)
-        found.check(call)
+        found.follow(int(call.past))
         return found
 
 
 class DisabledAdapter(InMemory):
-    """The base of a PEFT model: the same model with its adapter off; exact logits, and no second model.
-
-    `exclusive`: calls of the model in several threads wait for each other, since one's reference would switch the
-    adapter off under another.
-    """
-
-    exclusive = True
+    """The base of a PEFT model: the same model with its adapter off; exact logits, and no second model."""
 
     def __init__(self, model: nn.Module) -> None:
         if not hasattr(model, "disable_adapter"):
@@ -140,18 +128,26 @@ class DisabledAdapter(InMemory):
         with self.model.disable_adapter():  # type: ignore[operator]
             yield
 
+    def one_at_a_time(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass, while no thread has the adapter off and none but this one runs it."""
+        with self.lock:
+            return forward(*args, **kwargs)
+
 
 class _BaseCache:
     """The base's cache beside the model's: whatever reorders or crops the one does so to the other."""
 
     def __init__(self, theirs: Any) -> None:
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        pair = isinstance(theirs, EncoderDecoderCache)
-        self.own = EncoderDecoderCache(DynamicCache(), DynamicCache()) if pair else DynamicCache()
+        self._pair = hasattr(theirs, "cross_attention_cache")
+        self.own = self._empty()
         for name in ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices"):
             if hasattr(theirs, name):
                 setattr(theirs, name, self._both(getattr(type(theirs), name), weakref.ref(theirs), name))
+
+    def _empty(self) -> Any:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        return EncoderDecoderCache(DynamicCache(), DynamicCache()) if self._pair else DynamicCache()
 
     def _both(self, method: Any, theirs: Any, name: str) -> Any:
         def both(*args: Any, **kwargs: Any) -> Any:
@@ -160,13 +156,26 @@ class _BaseCache:
 
         return both
 
-    def check(self, call: Call) -> None:
-        have, want = self.own.get_seq_length(), int(call.past)
-        if have != want:
+    def follow(self, length: int) -> None:
+        """See that the base has as many tokens before this call as the model; a model's cache may begin anew."""
+        if length == 0:
+            self.own = self._empty()
+        have = self.own.get_seq_length()
+        if have != length:
             raise ReferenceMismatch(
-                f"the model's cache holds {want} tokens and the reference's {have}: the reference was not asked for "
+                f"the model's cache holds {length} tokens and the reference's {have}: the reference was not asked for "
                 "every call since the cache was empty; read call.reference in each call, or begin with an empty cache"
             )
+
+
+def _shorten_mask(inputs: dict[str, Any], call: Call) -> None:
+    """A static cache comes with a ready mask of its full length; the base's cache is as long as the tokens so far."""
+    mask = inputs.get("attention_mask")
+    mask = mask.get("full_attention") if isinstance(mask, Mapping) else mask
+    length = int(call.past) + call.mask().shape[1]
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] != length:
+        seen = mask[:, 0, -1, :length]
+        inputs["attention_mask"] = seen if seen.dtype == torch.bool else seen == 0
 
 
 @contextmanager
@@ -230,10 +239,17 @@ def as_reference(reference: Any, model: nn.Module, anatomy: Anatomy) -> Referenc
         raise ReferenceMismatch(
             f"reference={reference!r} is none of: a base model, 'disable_adapter', an object with answer(call)"
         )
-    outputs = getattr(made, "outputs", None)
-    if outputs and anatomy.outputs and abs(outputs - anatomy.outputs) > _PADDING:
-        raise ReferenceMismatch(
-            f"the reference has {outputs} outputs and {type(anatomy.model).__name__} has {anatomy.outputs}: these are "
-            "different vocabularies; only ones that differ by padding or added tokens can be compared"
-        )
+    _check_comparable(anatomy, getattr(made, "anatomy", None))
     return made
+
+
+def _check_comparable(tuned: Anatomy, base: Anatomy | None) -> None:
+    """Refuse a base whose distribution is over something else; one of a reference of the user's own is not known."""
+    if base is None or base.outputs is None or tuned.outputs is None:
+        return
+    if base.logits != tuned.logits or abs(base.outputs - tuned.outputs) > _PADDING:
+        raise ReferenceMismatch(
+            f"the reference, {type(base.model).__name__}, has {base.outputs} outputs over {base.logits}, and "
+            f"{type(tuned.model).__name__} {tuned.outputs} over {tuned.logits}; only distributions over one vocabulary "
+            "can be compared, which may differ by padding or added tokens"
+        )

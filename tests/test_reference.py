@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -460,7 +461,7 @@ def test_vocabularies_that_differ_by_padding_are_compared_on_the_shared_ids():
 def test_other_vocabularies_are_a_mismatch():
     tuned = zoo.untrained("llama")
     before = state_of(tuned)
-    with pytest.raises(ReferenceMismatch, match=r"the reference has 5000 outputs and LlamaForCausalLM has 99"):
+    with pytest.raises(ReferenceMismatch, match="has 5000 outputs over vocabulary, and LlamaForCausalLM 99"):
         geohooks.instrument(tuned, [Asks()], reference=zoo.untrained("llama", vocab_size=5000))
     assert state_of(tuned) == before
 
@@ -519,7 +520,7 @@ def test_references_may_be_made_beforehand():
     with geohooks.instrument(tuned, [asks], reference=InMemory(base)):
         run(tuned, inputs)
     assert same(asks.base[0], run(base, inputs))
-    assert DisabledAdapter(adapted()).outputs == 99
+    assert DisabledAdapter(adapted()).anatomy.outputs == 99
 
 
 def test_a_failing_reference_drops_the_plugin_that_asked_where_the_user_asked_for_that():
@@ -582,3 +583,50 @@ def test_a_peft_model_is_instrumented_as_what_it_wraps():
         assert host.model is model
         assert sorted(recorder.heard()) == sorted(map(str, host.anatomy.sites))
     assert state_of(model) == before
+
+
+def test_no_thread_runs_the_model_while_its_adapter_is_off():
+    model, inputs = adapted(), pair("llama")[2]
+    tuned = run(model, inputs)
+    main = threading.current_thread()
+    projection = model.get_base_model().model.layers[0].self_attn.q_proj
+    elsewhere = []
+
+    class Asks(Plugin):
+        @hookimpl
+        def on_logits(self, event):
+            if threading.current_thread() is main:
+                self.base = event.call.reference
+
+    def start_another(*_):
+        if projection.disable_adapters and not elsewhere:
+            thread = threading.Thread(target=lambda: elsewhere.append(run(model, inputs)))
+            elsewhere.append(thread)
+            thread.start()
+            thread.join(0.1)
+
+    handle = projection.register_forward_pre_hook(start_another)
+    asks = Asks()
+    with geohooks.instrument(model, [asks], reference="disable_adapter"):
+        run(model, inputs)
+        elsewhere[0].join()
+    handle.remove()
+    assert same(elsewhere[1], tuned)
+    assert same(asks.base, run(zoo.untrained("llama"), inputs))
+
+
+def test_an_interrupted_call_does_not_keep_other_threads_from_the_model():
+    model, inputs = adapted(), pair("llama")[2]
+    tuned = run(model, inputs)
+    layer = model.get_base_model().model.layers[1]
+    outputs = []
+    with geohooks.instrument(model, [Asks()], reference="disable_adapter"):
+        handle = layer.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, inputs)
+        handle.remove()
+        thread = threading.Thread(target=lambda: outputs.append(run(model, inputs)), daemon=True)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+    assert same(outputs[0], tuned)

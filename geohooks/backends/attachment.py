@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 from torch import nn
@@ -74,6 +74,7 @@ class _Chain:
     """A method of one module with its hosts' wrappers around it; the last host to come is the outermost."""
 
     def __init__(self, inner: Callable[..., Any]) -> None:
+        update_wrapper(self, inner)
         self.inner = inner
         self.owners: dict[Attachment, Callable[..., Any]] = {}
 

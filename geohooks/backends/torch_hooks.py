@@ -18,6 +18,7 @@ from geohooks.backends.outputs import first_tensor, has_loss, logits_of, with_fi
 from geohooks.call import Call, Progress
 from geohooks.errors import AdapterError, PluginError
 from geohooks.events import AttentionEvent, HiddenEvent, LogitsEvent, RouterEvent, check_edit
+from geohooks.reference import DisabledAdapter
 from geohooks.roster import Listener, hook_of
 from geohooks.sites import Site
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["TorchHooks"]
 
 Listeners = tuple[Listener, ...]
+
+# torch asks for a hook's options after it has listed the hooks: one that another thread takes off in between is called
+# without keyword arguments, and does nothing.
+_TAKEN_OFF = object()
 
 
 class TorchHooks:
@@ -50,6 +55,8 @@ class TorchHooks:
             self.attachment.hook(module, untraced(self._opening(module)), before=True)
             self.attachment.hook(module, untraced(self._closing(module)), always=True)
         self._checkpointable = checkpointing.checkpointable(self.model)
+        if isinstance(host.reference, DisabledAdapter):
+            self.attachment.wrap(self.model, "forward", host.reference.one_at_a_time)
 
     def remove(self) -> None:
         """Take every hook off."""
@@ -78,8 +85,10 @@ class TorchHooks:
     def _output_hook(self, index: int, site: Site, listeners: Listeners, tap: Tap) -> Callable[..., Any]:
         current, emit = self.current, self._emit
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any = _TAKEN_OFF) -> Any:
             call = current.call
+            if output is _TAKEN_OFF:
+                return None
             if call is None:
                 return self._outside(site)
             value = output if output.__class__ is Tensor else first_tensor(output, site)
@@ -94,8 +103,10 @@ class TorchHooks:
     def _input_hook(self, index: int, site: Site, listeners: Listeners, tap: Tap) -> Callable[..., Any]:
         current, emit, name = self.current, self._emit, tap.name
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             call = current.call
+            if kwargs is None:
+                return None
             if call is None:
                 return self._outside(site)
             named = name in kwargs
@@ -112,8 +123,10 @@ class TorchHooks:
         current, emit, adapter = self.current, self._emit, self.host.anatomy.adapter
         block = self.host.anatomy.block(site)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = _TAKEN_OFF) -> Any:
             call = current.call
+            if output is _TAKEN_OFF:
+                return None
             if call is None:
                 return self._outside(site)
             arguments = (*args, *kwargs.values())
@@ -206,8 +219,8 @@ class TorchHooks:
     def _opening(self, module: nn.Module) -> Callable[..., None]:
         current, name, is_model = self.current, self._stacks.get(module), module is self.model
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if current.paused or current.recomputing:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if current.paused or current.recomputing or kwargs is None:
                 return
             call = current.call
             if call is None or call.progress.owner is module or name in call.progress.running:
@@ -225,9 +238,6 @@ class TorchHooks:
         host = self.host
         call = Call(host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation)
         call.progress = Progress(module, self, bytearray(len(self.sites)), saving=torch.is_grad_enabled())
-        if getattr(host.reference, "exclusive", False):
-            call.progress.lock = host.reference.lock  # type: ignore[union-attr]
-            call.progress.lock.__enter__()
         if self.model.training:
             checkpointing.keep_calls(self.attachment, self._checkpointable, self.current)
         for listener in host.listeners("on_call_start"):
@@ -240,7 +250,7 @@ class TorchHooks:
         logits = Site(None, None, "logits")
         index = self.sites.index(logits) if logits in self.sites else None
 
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
             call = current.call
             if call is None or current.recomputing:
                 return None
@@ -265,9 +275,6 @@ class TorchHooks:
         self.current.call = None
         if call is not None:
             call.output = None
-            if call.progress.lock is not None:
-                call.progress.lock.__exit__(None, None, None)
-                call.progress.lock = None
 
     def _close(self, call: Call) -> None:
         host = self.host

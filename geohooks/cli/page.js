@@ -32,6 +32,9 @@ function format(value, digits = 4) {
   return written.replaceAll("-", "−");
 }
 
+// A plain number's unit is written 1 in the table; a reader needs none.
+for (const signal of data.signals) signal.unit = signal.unit === "1" ? "" : signal.unit.replace("^2", "²");
+
 const layered = name => /^router\..*\./.test(name);
 const named = name => layered(name) ? name : name.replaceAll("_", " ");
 
@@ -202,7 +205,7 @@ function describe(i) {
     element("h3", { textContent: quoted(one.tokens[i]) }),
     element("p", { textContent: `token ${at} of ${one.name}, ${one.domain}` }),
     element("table", {},
-      tableHead(["", `predicted it: row ${at ? at - 1 : "–"}`, `after it: row ${at}`]),
+      tableHead(["", `predicted it\nrow ${at ? at - 1 : "–"}`, `after it\nrow ${at}`]),
       element("tbody", {}, ...data.signals.map(({ name }) => {
         const made = element("tr", { className: name === state.signal ? "now" : "" },
           element("td", { textContent: named(name) }), value(name, row - 1, i > 0), value(name, row, true));

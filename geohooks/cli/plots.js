@@ -15,7 +15,7 @@ let frame = { left: 34, right: 8, top: 8, bottom: 30 }, scaleX = null, scaleY = 
 
 function ticks(high) {
   const raw = high / 5 || 1, power = 10 ** Math.floor(Math.log10(raw));
-  const by = power * [1, 2, 5, 10].find(factor => factor * power >= raw);
+  const by = power * [1, 2, 2.5, 5, 10].find(factor => factor * power >= raw);
   return Array.from({ length: Math.floor(high / by) + 1 }, (_, i) => i * by);
 }
 

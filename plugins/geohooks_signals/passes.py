@@ -59,7 +59,7 @@ class Rows:
     position: Integers
     domain: NDArray[Any]
     followed: bool
-    """Whether the column after the pass's last one came in the following pass."""
+    """Whether the following pass has the column after this one's last."""
 
 
 def placed(passes: Sequence[Pass]) -> Iterator[Rows]:
@@ -114,7 +114,7 @@ def _numbered(group: Sequence[Pass], first: int) -> tuple[list[Rows], int]:
     for number, one in enumerate(group):
         columns = slice(int(one.past), min(int(one.past) + one.mask.shape[1], length))
         width = columns.stop - columns.start
-        owner[columns] = number
+        owner[max(columns.start, columns.start + one.mask.shape[1] - one.known.shape[1]) : columns.stop] = number
         mask[:, columns] = _array(one.mask)[:, :width]
         if one.position_ids is not None:
             ids[:, columns] = _array(one.position_ids)[:, :width]
@@ -122,15 +122,17 @@ def _numbered(group: Sequence[Pass], first: int) -> tuple[list[Rows], int]:
     rows = []
     for number, one in enumerate(group):
         past, width = int(one.past), one.mask.shape[1]
-        kept = (owner == number) & (np.arange(length) >= past + width - one.known.shape[1])
-        row, column = np.nonzero(mask & kept)
-        last = past + width
-        followed = last < length and number + 1 < len(group) and int(group[number + 1].past) == last
+        row, column = np.nonzero(mask & (owner == number))
+        followed = past + width < length and number + 1 < len(group) and _holds(group[number + 1], past + width)
         domain = np.full(len(row), None, dtype=object)
         rows.append(
             Rows(one, row, column - past, document[row, column], position[row, column], domain, followed=followed)
         )
     return rows, following
+
+
+def _holds(one: Pass, column: int) -> bool:
+    return int(one.past) <= column < int(one.past) + one.mask.shape[1]
 
 
 def _segments(mask: NDArray[np.bool_], ids: Integers, first: int) -> tuple[Integers, Integers, int]:

@@ -183,8 +183,7 @@ class Signals(geohooks.Plugin):
         fresh = isinstance(this.past, int) and this.past == 0 and this.restarts
         if before is not None and not fresh:
             this.sequences = before.of.sequences
-            if cache is not None and this.tokens is not None and len(this.tokens) == len(before.of.mask):
-                _follow(before, this)
+            _follow(before, this)
         logits = {"nll": event.value[:, -1]}
         if event.comparison is not None and event.call.reference is not None:
             shared = event.comparison.shared_ids
@@ -250,12 +249,16 @@ def _cache(call: geohooks.Call) -> Any:
 
 
 def _follow(before: _Last, this: Pass) -> None:
-    """Give the last column of the pass before the NLL of the first token of this one."""
-    assert this.tokens is not None
-    previous, token = before.of, this.tokens[:, 0]
-    known = this.mask[:, 0] & previous.mask[:, -1]
+    """Give the last column of the pass before the NLL of the token after it, which is in this one."""
+    previous, column = before.of, 0
+    if isinstance(previous.past, int) and isinstance(this.past, int):
+        column = previous.past + previous.mask.shape[1] - this.past
+    if this.tokens is None or len(this.tokens) != len(previous.mask) or not 0 <= column < this.tokens.shape[1]:
+        return
+    token = this.tokens[:, column]
+    known = this.mask[:, column] & previous.mask[:, -1]
     if this.position_ids is not None and previous.position_ids is not None:
-        known = known & (this.position_ids[:, 0] > previous.position_ids[:, -1])
+        known = known & (this.position_ids[:, column] > previous.position_ids[:, -1])
     undefined = {"nll": previous.signals["entropy"]}
     if "base_nll" in before.logits:
         undefined["base_nll"] = previous.signals["base_entropy"]
