@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -26,7 +27,9 @@ print(json.dumps({"found": found, "file": geohooks.__file__, "adapter": host.ana
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    # Elsewhere than in the source, which would be imported before what is installed.
+    words = [str(part) for part in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tempfile.gettempdir())
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geohooks import Site, SelectorError
@@ -29,6 +29,7 @@ def text(bound):
     return "" if bound is None else str(bound)
 
 
+@settings(deadline=None, max_examples=40)
 @given(MODELS)
 def test_a_name_is_read_back(depths):
     for site in sites_of(depths):
@@ -37,6 +38,7 @@ def test_a_name_is_read_back(depths):
         assert select(site, sites_of(depths)) == (site,)
 
 
+@settings(deadline=None, max_examples=40)
 @given(MODELS, st.data())
 def test_a_slice_is_the_slice_of_a_list(depths, data):
     stack = data.draw(st.sampled_from(sorted(depths)))
@@ -51,6 +53,7 @@ def test_a_slice_is_the_slice_of_a_list(depths, data):
             select(selector, sites_of(depths))
 
 
+@settings(deadline=None, max_examples=40)
 @given(MODELS, st.data())
 def test_a_negative_layer_counts_from_the_end(depths, data):
     stack = data.draw(st.sampled_from(sorted(depths)))
@@ -58,6 +61,7 @@ def test_a_negative_layer_counts_from_the_end(depths, data):
     assert select(f"{stack}.{layer}.mlp", sites_of(depths)) == (Site(stack, range(depths[stack])[layer], "mlp"),)
 
 
+@settings(deadline=None, max_examples=40)
 @given(MODELS)
 def test_stars(depths):
     every = sites_of(depths)
@@ -67,6 +71,7 @@ def test_stars(depths):
     assert select("*.*.router", every) == tuple(site for site in every if site.kind == "router")
 
 
+@settings(deadline=None, max_examples=40)
 @given(MODELS, st.data())
 def test_selectors_are_a_union_in_the_order_of_the_model(depths, data):
     every = sites_of(depths)

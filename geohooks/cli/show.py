@@ -37,7 +37,9 @@ _STYLES = {"healthy": "green", "warning": "yellow", "critical": "bold red"}
 def show(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, from `geohooks measure`.")],
     *,
-    html: Annotated[Path | None, typer.Option(help="Where the page is written.  [default: report.html in DIR]")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Where the page is written; report.html in DIR where left out.")
+    ] = None,
     signal: Annotated[str | None, typer.Option(help="The signal that colours the text at first.")] = None,
     document: Annotated[
         list[int] | None, typer.Option(help="The number of a document to show, and no others; may be repeated.")
