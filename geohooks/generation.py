@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from geohooks.call import Generation
-from geohooks.events import ScoresEvent, check_edit
-from geohooks.roster import Listener
+from geohooks.dispatch import tell
+from geohooks.events import ScoresEvent
 from geohooks.sites import Site
 
 if TYPE_CHECKING:
@@ -34,24 +33,13 @@ class _Scores:
         if call is None or self._host.current.paused:
             return scores
         event = ScoresEvent(_SCORES, call, scores, input_ids)
-        for listener in self._host.listeners("on_scores"):
-            before = event.value
-            self._host.guarded(Listener(listener.plugin, partial(_heard, listener)), event, call=call)
-            if call.faults and call.faults[-1].plugin == listener.plugin:
-                event.value = before
+        tell(self._host, self._host.listeners("on_scores"), event)
         return event.value
 
 
 def _beams(model: Any, arguments: dict[str, Any]) -> int:
     config = arguments.get("generation_config") or model.generation_config
     return arguments.get("num_beams") or config.num_beams or 1
-
-
-def _heard(listener: Listener, event: ScoresEvent) -> None:
-    before = event.value
-    listener.function(event)
-    if event.value is not before:
-        check_edit(_SCORES, before, event.value)
 
 
 def heard_generate(host: Host) -> Callable[..., Any]:

@@ -172,14 +172,15 @@ class Host:
         """Who hears a hook that is not bound to sites."""
         return self._call_listeners.get(hook, ())
 
-    def guarded(self, listener: Listener, argument: Any, *, call: Call | None = None) -> Any:
-        """Call one listener; under `on_error="detach"` one that fails is dropped."""
-        try:
-            return listener.function(argument)
-        except Exception as error:
-            if not self.drops_faulty:
-                raise
-            self.fault(listener.plugin, None, argument if call is None else call, error)
+    def tell_of_call(self, hook: str, call: Call) -> None:
+        """Give `call` to those who hear `hook`; under `on_error="detach"` one that fails is dropped."""
+        for listener in self._call_listeners.get(hook, ()):
+            try:
+                listener.function(call)
+            except Exception as error:
+                if not self.drops_faulty:
+                    raise
+                self.fault(listener.plugin, None, call, error)
 
     def fault(self, plugin: str, site: Site | None, call: Call, error: Exception) -> None:
         """Log a plugin's failure, note it on the call, and drop the plugin."""
@@ -188,9 +189,9 @@ class Host:
         if plugin in self._roster.plugins:
             self.remove(plugin)
 
-    def may_edit(self, plugin: str) -> bool:
-        """Whether the plugin has said which sites it hears."""
-        return plugin not in self._roster.plugins or self._roster.chooses_sites(plugin)
+    def may_edit(self, plugin: str, site: Site) -> bool:
+        """Whether the plugin has said which sites it hears; next-token scores are no site of the model."""
+        return site.kind == "scores" or plugin not in self._roster.plugins or self._roster.chooses_sites(plugin)
 
     def ended(self, call: Call) -> None:
         """Keep the call for `loss`, where some plugin has terms of it."""

@@ -21,6 +21,7 @@ from geohooks.encoding import Encoded, Encoder
 from geohooks.errors import ArtifactError, DataError
 from geohooks.host import Host, instrument
 from geohooks.measures import compiler_available
+from geohooks.reference import InMemory
 from geohooks.run import Column, Manifest, Part, Run, Totals
 
 __all__ = ["Batch", "Group", "Measurement", "Settings", "batches", "groups", "processes"]
@@ -274,8 +275,9 @@ class Measurement:
 
     def _manifest(self, host: Host, schema: pa.Schema) -> Manifest:
         settings = self.settings
-        sizes = {host.anatomy.outputs, getattr(host.reference, "outputs", None) or host.anatomy.outputs}
-        shared = min(size for size in sizes if size) if len(sizes) > 1 else None
+        base = host.reference.anatomy.outputs if isinstance(host.reference, InMemory) else None
+        sizes = {size for size in (host.anatomy.outputs, base) if size}
+        shared = min(sizes) if len(sizes) > 1 else None
         if shared is not None:
             self._notice(f"model and base differ in their vocabularies' padding: compared on the first {shared} ids")
         assert settings.context is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pluggy
@@ -34,10 +35,26 @@ class Plugin:
 
 
 class Listener(NamedTuple):
-    """One implementation of a hook, bound once: the plugin's name and what to call with the event."""
+    """One implementation of a hook, bound once: the plugin's name and what to call with the event.
+
+    For a wrapper `function` makes a context around the listeners `inner`; for all others `inner` is None.
+    """
 
     plugin: str
     function: Callable[[Any], Any]
+    inner: tuple[Listener, ...] | None = None
+
+
+def editors(listeners: tuple[Listener, ...], site: Site, edits: Container[tuple[Site, str]]) -> tuple[Listener, ...]:
+    """Those of `listeners` who edited `site`, and the wrappers around them."""
+    found = []
+    for listener in listeners:
+        inner = () if listener.inner is None else editors(listener.inner, site, edits)
+        if (site, listener.plugin) in edits:
+            found.append(listener._replace(inner=None if listener.inner is None else inner))
+        else:
+            found += inner
+    return tuple(found)
 
 
 def hook_of(site: Site) -> str:
@@ -74,6 +91,10 @@ class Roster:
                 self._manager.register(registered, name)
             except pluggy.PluginValidationError as error:
                 raise PluginError(f"plugin '{name}': {_explained(error)}") from error
+        for hook in _HOOKS - {*EVENT_HOOKS, "on_scores"}:
+            for one in getattr(self._manager.hook, hook).get_hookimpls():
+                if one.wrapper:
+                    raise PluginError(f"plugin '{one.plugin_name}': {hook} takes no wrapper; only events of tensors do")
 
     def implements(self, name: str, hook: str) -> bool:
         """Whether the plugin called `name` implements `hook`."""
@@ -113,18 +134,15 @@ class Roster:
     def listeners(self, hook: str, names: Iterable[str] | None = None) -> tuple[Listener, ...]:
         """The implementations of `hook` by the plugins `names` (all by default), in order, bound for direct calls.
 
-        Where one of them is a pluggy wrapper, pluggy's own call stands for all of them.
+        Wrappers come first, each around all that follow.
         """
         chosen = set(self.plugins if names is None else names)
         caller = getattr(self._manager.hook, hook)
         found = [one for one in reversed(caller.get_hookimpls()) if one.plugin_name in chosen]
-        if any(one.wrapper or one.hookwrapper for one in found):
-            left_out = [self._registered[name] for name in self.plugins if name not in chosen]
-            through = self._manager.subset_hook_caller(hook, left_out)
-            argument = "call" if "call" in caller.spec.argnames else caller.spec.argnames[0]
-            wrappers = next(one.plugin_name for one in found if one.wrapper or one.hookwrapper)
-            return (Listener(wrappers, lambda value: through(**{argument: value})),)
-        return tuple(Listener(one.plugin_name, _direct(one)) for one in found)
+        bound = tuple(Listener(one.plugin_name, _direct(one)) for one in found if not one.wrapper)
+        for wrapper in reversed([one for one in found if one.wrapper]):
+            bound = (Listener(wrapper.plugin_name, contextmanager(_direct(wrapper)), bound),)
+        return bound
 
     def all_hooks(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Each plugin's name and the hooks that it implements."""
@@ -155,13 +173,16 @@ def _marked(plugin: object) -> Iterator[tuple[str, Callable[..., Any]]]:
             hook = options.get("specname") or name
             if hook not in _HOOKS:
                 raise PluginError(_misspelt(who, hook))
+            if options.get("hookwrapper"):
+                raise PluginError(f"plugin '{who}': {hook} is an old-style wrapper; use hookimpl(wrapper=True)")
             yield hook, getattr(plugin, name)
         elif name in _HOOKS and inspect.isfunction(getattr(type(plugin), name, None)):
             raise PluginError(f"plugin '{who}': method {name} is not marked; put @geohooks.hookimpl above it")
 
 
 def _called(plugin: object) -> str:
-    return str(getattr(plugin, "name", None) or type(plugin).__name__)
+    own = getattr(plugin, "name", None) or getattr(plugin, "__name__", None)
+    return str(own or type(plugin).__name__)
 
 
 def _explained(error: pluggy.PluginValidationError) -> str:

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from geohooks.artifacts import (
     DataSource,
     ModelSource,
@@ -21,8 +24,6 @@ from geohooks.artifacts import (
     write_json,
 )
 from geohooks.errors import ArtifactError
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @attrs.frozen

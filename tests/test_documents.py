@@ -8,10 +8,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from geohooks.documents import Document, find_sources, read_documents, size_of, windows
-from geohooks.errors import DataError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from geohooks.documents import Document, find_sources, read_documents, size_of, windows
+from geohooks.errors import DataError
 
 
 def read(*arguments: str | Path, **options: Any) -> list[Document]:

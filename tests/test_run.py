@@ -8,6 +8,7 @@ import attrs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from geohooks.artifacts import DataSource, ModelSource, Provenance
 from geohooks.errors import ArtifactError
 from geohooks.run import Column, Manifest, Part, Run, Totals

@@ -16,10 +16,11 @@ from geohooks.backends.attachment import Attachment
 from geohooks.backends.compiled_graphs import untraced
 from geohooks.backends.outputs import first_tensor, has_loss, logits_of, with_first_tensor, with_logits
 from geohooks.call import Call, Progress
+from geohooks.dispatch import tell
 from geohooks.errors import AdapterError, PluginError
-from geohooks.events import AttentionEvent, HiddenEvent, LogitsEvent, RouterEvent, check_edit
+from geohooks.events import AttentionEvent, HiddenEvent, LogitsEvent, RouterEvent
 from geohooks.reference import DisabledAdapter
-from geohooks.roster import Listener, hook_of
+from geohooks.roster import Listener, editors, hook_of
 from geohooks.sites import Site
 
 if TYPE_CHECKING:
@@ -171,40 +172,16 @@ class TorchHooks:
         if progress.plan is self:
             progress.fired[index] = 1
         if event.recomputing:
-            listeners = tuple(one for one in listeners if (event.site, one.plugin) in progress.edits)
+            listeners = editors(listeners, event.site, progress.edits)
         if not progress.saving:
-            self._tell(listeners, event)
+            tell(self.host, listeners, event)
             return
         # What plugins save for the backward pass is theirs: a checkpoint may count only what the model saves.
         _push_saved_tensors_default_hooks(_same, _same)
         try:
-            self._tell(listeners, event)
+            tell(self.host, listeners, event)
         finally:
             _pop_saved_tensors_default_hooks()
-
-    def _tell(self, listeners: Listeners, event: Any) -> None:
-        for listener in listeners:
-            before = event.value
-            try:
-                listener.function(event)
-                if event.value is not before:
-                    self._edited(listener, event, before)
-            except Exception as error:
-                if not self.host.drops_faulty:
-                    raise
-                if event.value is not before:
-                    event.value = before
-                self.host.fault(listener.plugin, event.site, event.call, error)
-
-    def _edited(self, listener: Listener, event: Any, before: Tensor) -> None:
-        check_edit(event.site, before, event.value)
-        if not self.host.may_edit(listener.plugin):
-            raise PluginError(
-                f"plugin '{listener.plugin}' assigned '{event.site}' but does not say which sites it edits; "
-                "give it a sites(anatomy) hook that returns them"
-            )
-        event.call.progress.edits.add((event.site, listener.plugin))
-        self.host.edited.add(event.site)
 
     def _outside(self, site: Site) -> None:
         """Nothing is heard outside a call; an edit that a foreign checkpoint recomputes is refused, not lost."""
@@ -240,8 +217,7 @@ class TorchHooks:
         call.progress = Progress(module, self, bytearray(len(self.sites)), saving=torch.is_grad_enabled())
         if self.model.training:
             checkpointing.keep_calls(self.attachment, self._checkpointable, self.current)
-        for listener in host.listeners("on_call_start"):
-            host.guarded(listener, call)
+        host.tell_of_call("on_call_start", call)
         self.current.call = call
         return call
 
@@ -292,8 +268,7 @@ class TorchHooks:
                 call.generation.step += 1
             else:
                 call.generation.encoder_inputs = call.inputs
-        for listener in host.listeners("on_call_end"):
-            host.guarded(listener, call)
+        host.tell_of_call("on_call_end", call)
         host.ended(call)
 
     def _missing(self, call: Call) -> Iterator[Site]:

@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import functools
 
-import geohooks
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from geohooks.zoo import example_inputs, untrained
-from geohooks_signals import Signals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
+
+import geohooks
+from geohooks.zoo import example_inputs, untrained
+from geohooks_signals import Signals
 
 SETTINGS = settings(deadline=None, max_examples=8)
 KEYS = ["document", "position", "token_id", "domain"]
@@ -224,7 +225,9 @@ def test_router_columns_are_what_the_routers_decided() -> None:
         ranked = p.sort(-1, descending=True).values
         sets = [[set(row) for row in one[2].tolist()] for one in (mine, theirs)]
         drift.append([1 - len(a & b) / len(a | b) for a, b in zip(*sets, strict=True)])
-        found = {name: table[f"router.{layer}.{name}"].to_numpy() for name in ("entropy", "top_mass", "margin", "jaccard")}
+        found = {
+            name: table[f"router.{layer}.{name}"].to_numpy() for name in ("entropy", "top_mass", "margin", "jaccard")
+        }
         np.testing.assert_allclose(found["entropy"], -(p * p.log()).sum(1), atol=1e-5)
         np.testing.assert_allclose(found["top_mass"], chosen.sum(1), atol=1e-5)
         np.testing.assert_allclose(found["margin"], ranked[:, 1] - ranked[:, 2], atol=1e-5)
@@ -300,7 +303,9 @@ def test_summary_is_mean_and_spread_by_domain() -> None:
         geohooks.instrument(tuned, [signals]) as host,
         torch.no_grad(),
         signals.labelled(
-            document=everything.cumsum(0).long(), position=everything.cumsum(1).long(), counted=everything.bool(),
+            document=everything.cumsum(0).long(),
+            position=everything.cumsum(1).long(),
+            counted=everything.bool(),
             domain=["code", "prose"],
         ),  # fmt: skip
     ):
