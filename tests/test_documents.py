@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def test_windows_count_every_row_once_with_its_next_token(length: int, context: 
         assert one.stop - one.start == min(context, length)
         assert one.last < one.stop or one.stop == length
         assert one.first == 0 or one.first - one.start >= context - stride - 1
-    assert all(after.start - before.start <= stride for before, after in zip(found, found[1:], strict=False))
+    assert all(after.start - before.start <= stride for before, after in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("stride", [0, 8, 9])
@@ -103,8 +104,8 @@ def test_conversations_are_read_under_chat_only(tmp_path: Path) -> None:
     assert read(file, chat=True)[0].messages == tuple(messages)
     with pytest.raises(DataError, match="row 1 has no field 'text' but a conversation; read it with --chat"):
         read(file)
+    (tmp_path / "x.txt").write_text("hi")
     with pytest.raises(DataError, match="conversations are read from"):
-        (tmp_path / "x.txt").write_text("hi")
         read(tmp_path / "x.txt", chat=True)
     with pytest.raises(DataError, match="no list of objects with 'role' and 'content'"):
         read(jsonl(tmp_path / "y.jsonl", {"messages": ["hi"]}), chat=True)
@@ -168,5 +169,5 @@ def test_a_data_set_that_can_not_be_reached_is_one_clear_error(monkeypatch: pyte
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match="'user/set' is no file or folder here, .* Couldn't reach 'user/set'"):
+    with pytest.raises(DataError, match=r"'user/set' is no file or folder here, .* Couldn't reach 'user/set'"):
         read("user/set")

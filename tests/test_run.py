@@ -78,7 +78,7 @@ def test_a_write_that_fails_leaves_the_parts_before_and_is_repeated(
 
     with monkeypatch.context() as patched:
         patched.setattr(pq, "write_table", full)
-        with pytest.raises(ArtifactError, match="part-00001.parquet' can't be written: No space left on device"):
+        with pytest.raises(ArtifactError, match=r"part-00001\.parquet' can't be written: No space left on device"):
             run.write_part(part(1), totals())
     assert Run.open(tmp_path).part_numbers() == (0,)
     assert run.positions().equals(part(0).positions)
@@ -118,7 +118,7 @@ def test_another_command_on_the_folder_is_refused_by_name(
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ArtifactError, match="holds no run, but 'thesis.tex'"):
+    with pytest.raises(ArtifactError, match=r"holds no run, but 'thesis\.tex'"):
         Run.begin(tmp_path, MANIFEST)
     with pytest.raises(ArtifactError, match=r"holds no run: it has no run.json"):
         Run.open(tmp_path)

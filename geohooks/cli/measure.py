@@ -33,10 +33,11 @@ def measure(
     text_field: Annotated[str, typer.Option(help="The field of jsonl and parquet rows that holds the text.")] = "text",
     no_text: Annotated[bool, typer.Option("--no-text", help="Keep text out of the files.")] = False,
     context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in a window.  [default: the model's own, at most 2048]")
+        int | None,
+        typer.Option(min=2, help="Tokens in a window; the model's own positions, at most 2048, if left out."),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens from one window to the next.  [default: half the context]")
+        int | None, typer.Option(min=1, help="Tokens from one window to the next; half the context if left out.")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included.")] = 4096,
     part_size: Annotated[
@@ -46,7 +47,7 @@ def measure(
         str, typer.Option(help="float32, bfloat16, float16, float64, or auto: as the weights are stored.")
     ] = "auto",
     device_map: Annotated[
-        str | None, typer.Option(help="Where the weights lie: auto, cpu, cuda:1, ...  [default: one device]")
+        str | None, typer.Option(help="Where the weights lie: auto, cpu, cuda:1, ...; one device if left out.")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")

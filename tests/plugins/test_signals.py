@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -103,7 +104,7 @@ def test_chunks_through_a_cache_are_one_document(length: int, cuts: list[int], s
     cache = DynamicCache(config=model().config)
     calls = [
         {"input_ids": rows[:, start:stop], "past_key_values": cache, "use_cache": True}
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in itertools.pairwise(edges)
     ]
     assert_same(recorded(*calls), recorded({"input_ids": rows}))
 
