@@ -1,7 +1,6 @@
 # Two commands: `make demo` and `make test`. Both make .venv first; a second run starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint clean
 
@@ -21,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-report

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
+from cattrs.gen import make_dict_structure_fn
 
 from geohooks.errors import ArtifactError
 
@@ -176,7 +177,18 @@ def _strict_converter() -> cattrs.Converter:
         items: Any = list[get_args(wanted)[0]]  # type: ignore[misc]
         return tuple(converter.structure(value, items))
 
+    def named(kind: type) -> Callable[[Any, type], Any]:
+        structure: Callable[[Any, type], Any] = make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
+
+        def checked(value: Any, wanted: type) -> Any:
+            if not isinstance(value, dict):
+                raise TypeError(value)
+            return structure(value, wanted)
+
+        return checked
+
     converter.register_structure_hook_func(_is_tuple, listed)
+    converter.register_structure_hook_factory(attrs.has, named)
     return converter
 
 

@@ -50,8 +50,8 @@ class Progress:
     """What the backend keeps of a call under way.
 
     The module whose pass it is, the plan that it began under, a byte for each of that plan's sites that has passed,
-    the stacks that have begun and those not yet done, who edited where, and whether tensors are saved for a backward
-    pass.
+    the stacks that have begun and those not yet done, who edited where, whether tensors are saved for a backward
+    pass, and whether plugins are being told of an event.
     """
 
     owner: nn.Module | None = None
@@ -61,6 +61,7 @@ class Progress:
     running: set[str | None] = attrs.Factory(set)
     edits: set[tuple[Site, str]] = attrs.Factory(set)
     saving: bool = False
+    telling: bool = False
 
 
 class Call:

@@ -189,6 +189,10 @@ class Host:
         if plugin in self._roster.plugins:
             self.remove(plugin)
 
+    def has(self, plugin: str) -> bool:
+        """Whether the plugin of that name is on this host and the host on the model."""
+        return self.backend is not None and plugin in self._roster.plugins
+
     def may_edit(self, plugin: str, site: Site) -> bool:
         """Whether the plugin has said which sites it hears; next-token scores are no site of the model."""
         return site.kind == "scores" or plugin not in self._roster.plugins or self._roster.chooses_sites(plugin)

@@ -121,11 +121,13 @@ class Run:
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
+        # Looked for before the manifest: another process of this run may be about to write it.
+        strangers = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
         if (folder / MANIFEST).is_file():
             run = cls.open(folder)
             run._check_same(manifest)
             return run
-        if strangers := sorted(one.name for one in folder.iterdir() if not one.name.startswith(".")):
+        if strangers:
             raise ArtifactError(f"'{folder}' holds no run, but '{strangers[0]}'; name an empty or a new folder")
         write_json(folder / MANIFEST, attrs.evolve(manifest, totals=None))
         return cls(folder, attrs.evolve(manifest, totals=None))

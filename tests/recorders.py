@@ -189,8 +189,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     """Every module's instance attributes, by what they are and in their order, hook tables by their items."""
     return {
         path: [
-            (name, list(value.items()) if name in HOOK_TABLES else id(value))
-            for name, value in module.__dict__.items()
+            (name, list(value.items()) if name in HOOK_TABLES else id(value)) for name, value in module.__dict__.items()
         ]
         for path, module in model.named_modules()
     }

@@ -73,6 +73,8 @@ def test_what_is_written_is_what_is_read(recipe: Recipe) -> None:
         (lambda content: content["steps"].update(stir="2"), r"expected int"),
         (lambda content: content.update(amounts="12"), r"expected tuple @ \$.amounts"),
         (lambda content: content.update(amounts=[1, "2"]), r"expected float @ \$.amounts\[1\]"),
+        (lambda content: content.update(provenance=3), r"Provenance \| None @ \$.provenance"),
+        (lambda content: content["steps"].update(stir=None), r"expected int"),
         (lambda content: content.update(ready=1), r"expected bool @ \$.ready"),
         (lambda content: content.update(schema_version=2), r"schema_version 2 and this geohooks reads 3"),
         (lambda content: content.pop("schema_version"), r"schema_version None"),

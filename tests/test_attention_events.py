@@ -157,9 +157,7 @@ def test_generation_has_the_rows_of_the_whole(cache_implementation):
         start = 0
         for part in parts:
             stop = start + part.shape[2]
-            torch.testing.assert_close(
-                part[..., :stop], whole[site][:, :, start:stop, :stop], rtol=1e-4, atol=1e-6
-            )
+            torch.testing.assert_close(part[..., :stop], whole[site][:, :, start:stop, :stop], rtol=1e-4, atol=1e-6)
             assert (part[..., stop:] == 0).all()
             start = stop
 
@@ -243,9 +241,7 @@ def test_a_query_that_sees_no_key_has_zeros():
         )
         assert (event.weights()[:, :, 1] == 0).all()
         torch.testing.assert_close(event.weights().sum(-1), torch.tensor([1.0, 0.0, 1.0]).expand(1, 2, 3))
-        torch.testing.assert_close(
-            event.weights()[:, :, 2], torch.softmax(states[0] @ states[1].mT * 0.5, -1)[:, :, 2]
-        )
+        torch.testing.assert_close(event.weights()[:, :, 2], torch.softmax(states[0] @ states[1].mT * 0.5, -1)[:, :, 2])
 
 
 def test_the_implementation_may_be_changed_under_a_host():

@@ -73,8 +73,6 @@ def regional(model):
     return model
 
 
-
-
 FORMS = {
     "wrapper": lambda model: torch.compile(model, backend="eager"),
     "function": FunctionAround,
@@ -149,6 +147,7 @@ def test_a_router_and_attention_under_a_compiler_are_heard():
         agree(one.value, other.value)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 def test_inductor_compiles_an_instrumented_model():
     model = fresh()
     layer = model.vit.layers[0].mlp
@@ -162,6 +161,8 @@ def test_inductor_compiles_an_instrumented_model():
     agree(run(model), bare)
 
 
+# Which the compiler hides from users, but not where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_gradients_pass_through_a_compiled_edit():
     model, other = fresh(), fresh()
     inputs = subject()
@@ -242,25 +243,6 @@ def test_functions_of_the_user_without_a_model_are_right_after_a_host_came():
     with geohooks.instrument(fresh(), [Recorder()]):
         assert torch.equal(function(x), x.sin() + 1)
     assert torch.equal(function(x), x.sin() + 1)
-
-
-def test_without_a_compiler_none_is_imported():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, torch, geohooks\n"
-        "from geohooks import Plugin, hookimpl, zoo\n"
-        "class P(Plugin):\n"
-        "    @hookimpl\n"
-        "    def on_hidden(self, event): pass\n"
-        "model = zoo.untrained('llama')\n"
-        "already = 'torch._dynamo.convert_frame' in sys.modules\n"
-        "with geohooks.instrument(model, [P()]):\n"
-        "    pass\n"
-        "assert already or 'torch._dynamo.convert_frame' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_host_that_hears_nothing_leaves_compiled_graphs_alone():

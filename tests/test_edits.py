@@ -176,7 +176,7 @@ def test_an_attention_call_can_not_be_edited():
             event.value = event.value * 2
 
     model, inputs = subject("llama")
-    with geohooks.instrument(model, [Edits()]), pytest.raises(PluginError, match="decoder.0.attention"):
+    with geohooks.instrument(model, [Edits()]), pytest.raises(PluginError, match=r"decoder\.0\.attention"):
         run(model, inputs)
 
 

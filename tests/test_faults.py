@@ -12,11 +12,11 @@ import geohooks
 from geohooks import GeohooksError, Plugin, hookimpl, zoo
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
 
 
-def breaking(hook, error=Broken, sites="*", *, edits=False):
+def breaking(hook, error=BrokenError, sites="*", *, edits=False):
     """A plugin that fails in `hook`."""
 
     class Breaks(Plugin):
@@ -50,7 +50,7 @@ PASS_HOOKS = ["on_hidden", "on_router", "on_attention", "on_call_start", "on_cal
 
 
 @pytest.mark.parametrize("hook", PASS_HOOKS)
-@pytest.mark.parametrize("error", [Broken, StopIteration, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [BrokenError, StopIteration, KeyboardInterrupt])
 def test_an_error_in_a_plugin_leaves_the_model_usable(hook, error):
     model = zoo.untrained("qwen3_moe")
     inputs = zoo.example_inputs(model)
@@ -86,7 +86,7 @@ def test_a_plugin_that_fails_is_dropped_where_the_user_asked_for_that(hook, capl
         assert list(host.plugins) == ["first", "last", "calls"]
         (call,) = calls.ended
         (fault,) = call.faults
-        assert (fault.plugin, type(fault.error)) == ("breaks", Broken)
+        assert (fault.plugin, type(fault.error)) == ("breaks", BrokenError)
         assert (fault.site is None) == hook.startswith("on_call")
         assert breaks.left == 1
         assert "breaks" in caplog.text
@@ -122,7 +122,7 @@ def test_what_a_failing_plugin_edited_before_stands():
     def doubled_then_broken(value):
         doubled_then_broken.count += 1
         if doubled_then_broken.count > 1:
-            raise Broken
+            raise BrokenError
         return value * 2
 
     doubled_then_broken.count = 0
@@ -181,7 +181,7 @@ def test_a_plugin_that_fails_on_scores(on_error):
     plugins = [breaking("on_scores", sites=[], edits=True), scores]
     with geohooks.instrument(model, plugins, on_error=on_error) as host:
         if on_error == "raise":
-            with pytest.raises(Broken):
+            with pytest.raises(BrokenError):
                 model.generate(**inputs, **options)
             host.remove("breaks")
         assert torch.equal(model.generate(**inputs, **options), bare)
@@ -200,7 +200,7 @@ def test_refused_scores_drop_the_plugin_where_the_user_asked_for_that():
         assert host.plugins == {}
 
 
-@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [BrokenError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["block", "stack", "model"])
 def test_an_error_in_the_model_leaves_the_next_call_right(error, where):
     model = zoo.untrained("llama")
@@ -228,7 +228,7 @@ def test_an_error_in_the_model_leaves_the_next_call_right(error, where):
         assert {record.call for record in recorder.records} == {calls.ended[0]}
 
 
-@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [BrokenError, KeyboardInterrupt])
 def test_an_error_in_the_model_is_followed_by_a_call_of_a_stack_alone(error):
     model = zoo.untrained("llama")
     inputs = zoo.example_inputs(model)
@@ -269,7 +269,7 @@ def test_a_plugin_that_fails_while_leaving_does_not_keep_the_others():
         @hookimpl
         def on_detach(self, host):
             left.append(self)
-            raise Broken
+            raise BrokenError
 
     class Follows(Plugin):
         @hookimpl
@@ -281,7 +281,7 @@ def test_a_plugin_that_fails_while_leaving_does_not_keep_the_others():
             left.append(self)
 
     host = geohooks.instrument(model, [Leaves(), Follows()])
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenError):
         host.detach()
     assert state_of(model) == before
     host.detach()

@@ -295,13 +295,7 @@ def test_capture_is_a_quick_look():
     model, inputs, bare = subject("qwen3_moe")
     sites = ["decoder.*.output", geohooks.Site("decoder", 0, "router"), "decoder.-1.pattern", "logits"]
     values = geohooks.capture(model, sites=sites, **inputs)
-    assert list(values) == [
-        "decoder.0.router",
-        "decoder.0.output",
-        "decoder.1.pattern",
-        "decoder.1.output",
-        "logits",
-    ] or set(values) == {"decoder.0.router", "decoder.0.output", "decoder.1.pattern", "decoder.1.output", "logits"}
+    assert set(values) == {"decoder.0.router", "decoder.0.output", "decoder.1.pattern", "decoder.1.output", "logits"}
     assert same(values["logits"], bare)
     assert values["decoder.0.router"].shape == (2, 8, 8)
     assert values["decoder.1.pattern"].shape == (2, 4, 8, 8)

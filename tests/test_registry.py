@@ -222,7 +222,7 @@ def test_an_adapter_may_be_given():
 
 def test_an_adapter_that_does_not_fit_is_refused():
     model = zoo.untrained("llama")
-    with pytest.raises(AdapterError, match="no adapter 'lama' is installed.* installed are: .*llama"):
+    with pytest.raises(AdapterError, match=r"no adapter 'lama' is installed.* installed are: .*llama"):
         geohooks.instrument(model, adapter="lama")
     with pytest.raises(AdapterError, match="adapter 't5' can't read LlamaForCausalLM"):
         geohooks.instrument(model, adapter="t5")

@@ -129,7 +129,7 @@ class Asks(Plugin):
 
     @hookimpl
     def on_hidden(self, event):
-        self.heard = getattr(self, "heard", []) + [str(event.site)]
+        self.heard = [*getattr(self, "heard", []), str(event.site)]
 
 
 @pytest.mark.parametrize(

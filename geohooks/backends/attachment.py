@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,36 +24,52 @@ _OPTIONS = {
 class _Marks:
     """What hosts have put on one module: hook ids, and attributes with their original values.
 
-    It stands as the instance's `__reduce_ex__`, by which `copy.deepcopy` and pickle take a module apart: what they
-    get is the module without the marks.
+    Copies and pickles of the module are made without them, by the instance's `__deepcopy__` and `__reduce_ex__`.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.hooks: dict[str, list[int]] = {name: [] for name in _OPTIONS}
         self.originals: dict[str, Any] = {}
-        module.__dict__["__reduce_ex__"] = self
+        module.__dict__["__deepcopy__"] = self.deepcopy
+        module.__dict__["__reduce_ex__"] = self.reduce
 
     @classmethod
     def of(cls, module: nn.Module) -> _Marks:
-        found = module.__dict__.get("__reduce_ex__")
-        return found if isinstance(found, cls) else cls(module)
+        found = module.__dict__.get("__deepcopy__")
+        return found.__self__ if found is not None and isinstance(found.__self__, cls) else cls(module)
 
-    def __call__(self, protocol: Any) -> Any:
-        reduced: Any = type(self.module).__reduce_ex__(self.module, protocol)
-        constructor, arguments, state, *rest = reduced
-        state = dict(state)
-        state.pop("__reduce_ex__", None)
+    def deepcopy(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy of the module: its tables of hooks are copied as users' handles know them, and then cleaned."""
+        cls = type(self.module)
+        made = memo[id(self.module)] = cls.__new__(cls)
+        state: dict[str, Any] = self.module.__getstate__()  # type: ignore[no-untyped-call]
+        made.__setstate__(copy.deepcopy(self._unmarked(state), memo))  # type: ignore[no-untyped-call]
         for name, ids in self.hooks.items():
             for table in (name, *_OPTIONS[name]):
-                kept = [(key, value) for key, value in state[table].items() if key not in ids]
-                state[table] = OrderedDict(kept)
+                for key in ids:
+                    getattr(made, table).pop(key, None)
+        return made
+
+    def reduce(self, protocol: Any) -> Any:
+        """What pickle is told: the module's own state, with tables that never had the hooks."""
+        reduced: Any = type(self.module).__reduce_ex__(self.module, protocol)
+        constructor, arguments, state, *rest = reduced
+        state = self._unmarked(state)
+        for name, ids in self.hooks.items():
+            for table in (name, *_OPTIONS[name]):
+                state[table] = OrderedDict((key, value) for key, value in state[table].items() if key not in ids)
+        return (constructor, arguments, state, *rest)
+
+    def _unmarked(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with the attributes that the module has of itself."""
+        unmarked = {name: value for name, value in state.items() if name not in ("__deepcopy__", "__reduce_ex__")}
         for name, original in self.originals.items():
             if original is _ABSENT:
-                state.pop(name, None)
+                unmarked.pop(name, None)
             else:
-                state[name] = original
-        return (constructor, arguments, state, *rest)
+                unmarked[name] = original
+        return unmarked
 
     def keep(self, name: str) -> None:
         """Remember what the module itself has under `name`."""
@@ -67,6 +84,7 @@ class _Marks:
 
     def drop_if_empty(self) -> None:
         if not self.originals and not any(self.hooks.values()):
+            self.module.__dict__.pop("__deepcopy__", None)
             self.module.__dict__.pop("__reduce_ex__", None)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from geohooks.errors import AdapterError
 __all__ = ["AttentionCall", "listen"]
 
 _NAME = "geohooks_pass_through"
+_HEARD = "_geohooks_heard"
 
 AttentionCall = Callable[[nn.Module, tuple[Tensor, Tensor, Tensor], "Tensor | None", dict[str, Any]], None]
 
@@ -35,9 +35,6 @@ class _Heard:
         self.attachment = Attachment()
 
 
-_heard: weakref.WeakKeyDictionary[nn.Module, _Heard] = weakref.WeakKeyDictionary()
-
-
 def _pass_through(
     module: nn.Module,
     query: Tensor,
@@ -46,7 +43,7 @@ def _pass_through(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> Any:
-    heard = _heard[module]
+    heard: _Heard = module.__dict__[_HEARD]
     for listener in tuple(heard.listeners):
         listener(module, (query, key, value), attention_mask, options)
     return _original(module, heard.config)(module, query, key, value, attention_mask, **options)
@@ -66,11 +63,12 @@ def _original(module: nn.Module, config: Any) -> Callable[..., Any]:
 
 def listen(attachment: Attachment, module: nn.Module, listener: AttentionCall) -> None:
     """Have `listener(module, (query, key, value), mask, options)` called before every attention call of `module`."""
-    heard = _heard.get(module)
+    heard = module.__dict__.get(_HEARD)
     if heard is None:
         config: Any = module.config
-        heard = _heard[module] = _Heard(config)
         _original(module, config)
+        heard = _Heard(config)
+        heard.attachment.substitute(module, _HEARD, heard)
         named = copy.copy(config)
         named._attn_implementation_internal = _NAME
         heard.attachment.substitute(module, "config", named)
@@ -80,7 +78,6 @@ def listen(attachment: Attachment, module: nn.Module, listener: AttentionCall) -
         heard.listeners.remove(listener)
         if not heard.listeners:
             heard.attachment.remove()
-            del _heard[module]
 
     attachment.on_remove(leave)
 
@@ -90,7 +87,7 @@ AttentionInterface.register(_NAME, _pass_through)
 
 def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
     """Whether this call hides later keys by itself, as every implementation but eager does where no mask is given."""
-    if _heard[module].config._attn_implementation in (None, "eager"):
+    if module.__dict__[_HEARD].config._attn_implementation in (None, "eager"):
         return False
     given = options.get("is_causal")
     return bool(getattr(module, "is_causal", True) if given is None else given)

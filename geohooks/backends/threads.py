@@ -36,10 +36,10 @@ class Current(threading.local):
             self.call = call
 
     @contextmanager
-    def checkpoint(self, call: Call, *, recomputing: bool) -> Iterator[None]:
-        """Inside, events are under a checkpoint and belong to `call`, also in another thread than it began in."""
+    def recompute(self, call: Call) -> Iterator[None]:
+        """Inside, what a checkpoint recomputes belongs to `call`, also in another thread than it began in."""
         before = self.call, self.recomputing
-        self.call, self.recomputing = call, recomputing
+        self.call, self.recomputing = call, True
         try:
             yield
         finally:

@@ -47,8 +47,9 @@ class TorchHooks:
         self.attachment = Attachment()
         self._listeners = tuple(plan.values())
         self._stacks = {stack.module: stack.name for stack in host.anatomy.stacks}
+        # The class's forward: an instance's may have been wrapped in something that names no arguments.
         self._parameters = {
-            module: tuple(signature(module.forward).parameters) for module in (self.model, *self._stacks)
+            module: tuple(signature(type(module).forward).parameters)[1:] for module in (self.model, *self._stacks)
         }
         for index, (site, listeners) in enumerate(plan.items()):
             self._attach_site(index, site, listeners)
@@ -73,7 +74,7 @@ class TorchHooks:
             block = anatomy.block(site)
             module = block.attention if site.kind == "pattern" else block.cross_attention
             assert module is not None
-            attention.listen(self.attachment, module, self._attention_listener(index, site, listeners))
+            attention.listen(self.attachment, module, untraced(self._attention_listener(index, site, listeners)))
         elif hook == "on_router":
             self.attachment.hook(anatomy.tap(site).module, untraced(self._router_hook(index, site, listeners)))
         elif hook == "on_hidden":
@@ -173,15 +174,16 @@ class TorchHooks:
             progress.fired[index] = 1
         if event.recomputing:
             listeners = editors(listeners, event.site, progress.edits)
-        if not progress.saving:
-            tell(self.host, listeners, event)
-            return
+        progress.telling = True
         # What plugins save for the backward pass is theirs: a checkpoint may count only what the model saves.
-        _push_saved_tensors_default_hooks(_same, _same)
+        if progress.saving:
+            _push_saved_tensors_default_hooks(_same, _same)
         try:
             tell(self.host, listeners, event)
         finally:
-            _pop_saved_tensors_default_hooks()
+            progress.telling = False
+            if progress.saving:
+                _pop_saved_tensors_default_hooks()
 
     def _outside(self, site: Site) -> None:
         """Nothing is heard outside a call; an edit that a foreign checkpoint recomputes is refused, not lost."""
@@ -200,6 +202,10 @@ class TorchHooks:
             if current.paused or current.recomputing or kwargs is None:
                 return
             call = current.call
+            if call is not None and call.progress.telling:
+                raise PluginError(
+                    f"a plugin runs {type(module).__name__} inside a hook of the same call; do so within host.paused()"
+                )
             if call is None or call.progress.owner is module or name in call.progress.running:
                 # A call in which a module starts again inside itself was left open by an interrupt, which no hook sees.
                 self._release(call)
@@ -216,7 +222,7 @@ class TorchHooks:
         call = Call(host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation)
         call.progress = Progress(module, self, bytearray(len(self.sites)), saving=torch.is_grad_enabled())
         if self.model.training:
-            checkpointing.keep_calls(self.attachment, self._checkpointable, self.current)
+            checkpointing.keep_calls(self.attachment, self._checkpointable, self.current, host.has)
         host.tell_of_call("on_call_start", call)
         self.current.call = call
         return call

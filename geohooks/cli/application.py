@@ -48,16 +48,28 @@ def application() -> typer.Typer:
     return app
 
 
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(metadata.version("geohooks"))
+        raise typer.Exit
+
+
 def _options(
     *,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and leave.",
+            is_eager=True,
+            callback=lambda value: _print_version(wanted=value),
+        ),
+    ] = False,
     traceback: Annotated[
         bool, typer.Option(_TRACEBACK, help="Show where an error comes from; may stand anywhere.")
     ] = False,
 ) -> None:
-    if version:
-        typer.echo(metadata.version("geohooks"))
-        raise typer.Exit
+    """Take the options before the command; `main` itself looks for the second one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -34,7 +34,7 @@ def measure(
     no_text: Annotated[bool, typer.Option("--no-text", help="Keep text out of the files.")] = False,
     context: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens in a window; the model's own positions, at most 2048, if left out."),
+        typer.Option(min=2, help="Tokens in a window; if left out, as many as the model has, up to 2048."),
     ] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens from one window to the next; half the context if left out.")

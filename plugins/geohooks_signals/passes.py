@@ -118,7 +118,7 @@ def _numbered(group: Sequence[Pass], first: int) -> tuple[list[Rows], int]:
         mask[:, columns] = _array(one.mask)[:, :width]
         if one.position_ids is not None:
             ids[:, columns] = _array(one.position_ids)[:, :width]
-    document, position, following = _segments(mask, ids, first)
+    document, position = _segments(mask, ids)
     rows = []
     for number, one in enumerate(group):
         past, width = int(one.past), one.mask.shape[1]
@@ -128,16 +128,19 @@ def _numbered(group: Sequence[Pass], first: int) -> tuple[list[Rows], int]:
         rows.append(
             Rows(one, row, column - past, document[row, column], position[row, column], domain, followed=followed)
         )
-    return rows, following
+    appearing = np.unique(np.concatenate([one.document for one in rows]))
+    numbered = [attrs.evolve(one, document=first + np.searchsorted(appearing, one.document)) for one in rows]
+    return numbered, first + len(appearing)
 
 
 def _holds(one: Pass, column: int) -> bool:
     return int(one.past) <= column < int(one.past) + one.mask.shape[1]
 
 
-def _segments(mask: NDArray[np.bool_], ids: Integers, first: int) -> tuple[Integers, Integers, int]:
+def _segments(mask: NDArray[np.bool_], ids: Integers) -> tuple[Integers, Integers]:
     """Documents and positions in them, `[batch, length]`: a new one where the position ids do not rise."""
     document, position = np.zeros_like(ids), np.zeros_like(ids)
+    first = 0
     for row, (tokens, own) in enumerate(zip(mask, ids, strict=True)):
         if not tokens.any():
             continue
@@ -147,7 +150,7 @@ def _segments(mask: NDArray[np.bool_], ids: Integers, first: int) -> tuple[Integ
         document[row, tokens] = first + np.cumsum(begins) - 1
         position[row, tokens] = np.arange(len(own)) - starts
         first += int(begins.sum())
-    return document, position, first
+    return document, position
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from geohooks import pipeline
 from geohooks.cli import main
 from geohooks.documents import windows
 from geohooks.run import Run
@@ -252,7 +253,7 @@ def test_data_that_changed_under_an_unfinished_run_are_refused(
     (data / "5.txt").write_bytes(b"half \xff")
     arguments = [*command(pair, tmp_path / "run"), str(data)]
     assert "5.txt' is not UTF-8 text: byte 0xff at offset 5" in error_of(arguments, capsys)
-    assert Run.open(tmp_path / "run").part_numbers() == (0,)
+    assert Run.open(tmp_path / "run").part_numbers() == (0, 1)
     (data / "5.txt").write_text("whole")
     (data / "0.txt").write_text("other")
     assert "part 0 have changed since" in error_of(arguments, capsys)
@@ -276,6 +277,18 @@ def test_chat_goes_through_the_template(
     run = measure(pair, f"talk={talk}", tmp_path / "run", "--chat")
     assert run.documents()["text"].to_pylist() == ["<|user|>hi"]
     assert "read it with --chat" in error_of([*command(pair, tmp_path / "other"), str(talk)], capsys)
+
+
+def test_work_that_is_worth_compiling_is_measured_eagerly_without_a_compiler(
+    pair: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "compiler_available", lambda device: False)
+    assert not measure(pair, data, tmp_path / "small").manifest.compiled
+    assert "compile" not in capsys.readouterr().err
+    monkeypatch.setattr(pipeline, "_WORTH_COMPILING", 0)
+    assert not measure(pair, data, tmp_path / "large").manifest.compiled
+    assert "note: no C++ compiler was found" in capsys.readouterr().err
 
 
 def test_logits_that_are_nan_are_counted(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import geohooks.measures.logits
 from geohooks.measures import LogitStats, compare_logits, logit_stats, row_chunks
-from geohooks.measures.moments import top_two
+from geohooks.measures.top_two import top_two
 
 INF, NAN = math.inf, math.nan
 LN2 = math.log(2)

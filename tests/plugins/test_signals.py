@@ -126,6 +126,18 @@ def test_generation_continues_the_documents_of_its_rows(options: dict[str, objec
         assert row == {name: pytest.approx(value, abs=1e-4) for name, value in other.items()}
 
 
+def test_a_static_cache_gives_the_rows_of_a_growing_one() -> None:
+    tuned, prompt = model(), padded(texts((6, 4)), "left")
+    prompt.pop("position_ids")
+    found = []
+    for options in ({}, {"cache_implementation": "static"}):
+        signals = Signals()
+        with geohooks.instrument(tuned, [signals]):
+            tuned.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
+        found.append(signals.table())
+    assert_same(*found)
+
+
 def test_a_second_generation_is_new_documents() -> None:
     signals, tuned = Signals(), model()
     with geohooks.instrument(tuned, [signals]):
