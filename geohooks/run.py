@@ -213,7 +213,7 @@ class Run:
                 raise ArtifactError(f"'{path}' has no column '{name}'; nearest are {nearest}")
         try:
             return pq.read_table(path, columns=None if columns is None else list(columns))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise ArtifactError(f"'{path}' is broken: {error}") from error
 
     def _folder(self, kind: str) -> Path:
