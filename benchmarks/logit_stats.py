@@ -1,16 +1,19 @@
 """H, H2, V, NLL and both KLs of a pair of logits, over one float32 `torch.log_softmax` of the upcast tensor.
 
-Prints, for each shape and dtype, the time of ours (eager, compiled) and of the separate textbook calls as ratios,
-each the median over interleaved repeats of the same run; the memory each takes beyond its inputs (MiB, the peak of
-the allocator's own count); and the largest error against float64 of any of the six.
+Prints, for each shape and dtype, the time of ours (eager, compiled; beside them with Jensen-Shannon, which
+`compare_logits` also gives unless it is left out) and of the separate textbook calls as ratios, each the median over
+interleaved repeats of the same run and the ratio of the fastest; the memory each takes beyond its inputs (MiB, the
+peak of the allocator's own count); and the largest error against float64 of any of the six.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +34,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads; ratios over one float32 log_softmax")
     for shape in shapes:
         for dtype in (torch.float32, torch.bfloat16):
-            compare_ways(shape, dtype, repeats=1 if smoke else (9 if shape[0] > 1 else 101))
+            compare_ways(shape, dtype, repeats=1 if smoke else (7 if shape[0] > 1 else 101))
 
 
 def compare_ways(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> None:
@@ -43,15 +46,19 @@ def compare_ways(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> No
     ways: dict[str, Callable[[], object]] = {
         "log_softmax": lambda: torch.log_softmax(upcast, -1),
         "textbook": lambda: textbook(tuned, base, targets),
-        "eager": lambda: compare_logits(tuned, base, targets),
     }
-    if compiler_available():
-        ways["compiled"] = lambda: compare_logits(tuned, base, targets, compiled=True)
+    for name in ("eager", "compiled") if compiler_available() else ("eager",):
+        for shannon in (False, True):
+            ways[name + " + JS" * shannon] = partial(
+                compare_logits, tuned, base, targets, jensen_shannon=shannon, compiled=name == "compiled"
+            )
     times = interleaved(ways, repeats)
     exact = exact_statistics(tuned, base, targets)
-    print(f"\n{list(shape)} {dtype}: log_softmax {times['log_softmax'] * 1e3:.3f} ms")
+    load = os.getloadavg()[0]
+    print(f"\n{list(shape)} {dtype}: log_softmax {times['log_softmax'][0] * 1e3:.3f} ms, load {load:.1f}")
     for name, way in ways.items():
-        line = f"  {name:12s} {times[name] / times['log_softmax']:6.2f}x  {extra_mebibytes(way):8.1f} MiB"
+        median, fastest = (ours / theirs for ours, theirs in zip(times[name], times["log_softmax"], strict=True))
+        line = f"  {name:13s} {median:6.2f}x (fastest {fastest:5.2f}x)  {extra_mebibytes(way):8.1f} MiB"
         if name in REACH:
             line += f"  error {largest_error(way(), exact):.1e}  (reach {REACH[name][shape[0] == 1]}x, 16 MiB, 1e-4)"
         print(line)
@@ -92,8 +99,8 @@ def largest_error(measured: object, exact: dict[str, Tensor]) -> float:
     return max(float((value(path) - expected).abs().max()) for path, expected in exact.items())
 
 
-def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each way; the first call of each is not counted."""
+def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
+    """The median and the least seconds of each way; the first call of each is not counted."""
     for way in ways.values():
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -104,7 +111,7 @@ def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+    return {name: (statistics.median(taken), min(taken)) for name, taken in seconds.items()}
 
 
 def extra_mebibytes(way: Callable[[], object]) -> float:

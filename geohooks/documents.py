@@ -213,7 +213,7 @@ def _parquet_rows(file: Path, field: str) -> Iterator[tuple[int, Any, int]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row, size
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"'{file}' is no readable parquet file: {error}") from error
 
 

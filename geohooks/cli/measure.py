@@ -125,7 +125,8 @@ class _Display:
 def _last_line(totals: Totals, out: Path) -> str:
     line = f"measured {totals.tokens:,} tokens of {totals.documents:,} documents; the run is in {out}"
     if totals.empty_documents:
-        line += f"; {totals.empty_documents:,} empty {'document was' if totals.empty_documents == 1 else 'documents were'} skipped"
+        what = "document was" if totals.empty_documents == 1 else "documents were"
+        line += f"; {totals.empty_documents:,} empty {what} skipped"
     if totals.undefined_positions:
         line += f"; at {totals.undefined_positions:,} positions the logits had NaN or infinity, and so have the signals"
     return line

@@ -13,15 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import _config as fx_config
 
-from geohooks.measures.row_sums import RowSums
+from geohooks.measures.moments import divergences, jensen_shannon, moments
+from geohooks.measures.top_two import top_two
 
-__all__ = ["CompiledRowSums", "compiler_available"]
+__all__ = ["CompiledRowSums", "check_compiler", "compiler_available"]
 
-# Partial sums of this many ids each: a long running sum in single precision would lose its small terms, and blocks
-# of one row are shared out between threads.
-_BLOCK = 1024
+# What is copied of one distribution at a time.
+_BYTES = 5 << 20
 
 
 def compiler_available(device: torch.device | str = "cpu") -> bool:
@@ -29,95 +28,90 @@ def compiler_available(device: torch.device | str = "cpu") -> bool:
 
     Looks for files only; nothing is compiled.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    triton = torch.device(device).type == "cpu" or importlib.util.find_spec("triton") is not None
-    return compiler and headers and triton
-
-
-class CompiledRowSums(RowSums):
-    """`RowSums` whose whole blocks of ids are summed by one compiled loop; what they leave over is summed eagerly."""
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device, *, sides: int) -> None:
-        if not compiler_available(device):
-            raise RuntimeError(
-                f"compiled=True needs a C++ compiler, Python's headers and, off the CPU, Triton; not all of them were "
-                f"found for the device '{device}': install them or pass compiled=False"
-            )
-        super().__init__(rows, width, dtype, device, sides=sides)
-        self._whole = width - width % _BLOCK
-
-    def one(self, logits: Tensor, maximum: Tensor, own: Tensor) -> None:
-        """As `RowSums.one`."""
-        super()._own_sums(0, logits, maximum, own, self._whole)
-        if self._whole:
-            own += _run(_own_blocks, logits[:, : self._whole], maximum).sum(2)
-
-    def pair(
-        self, logits: tuple[Tensor, Tensor], maxima: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], cross: Tensor
-    ) -> None:
-        """As `RowSums.pair`."""
-        for side in range(2):
-            self._own_sums(side, logits[side], maxima[side], own[side], self._whole)
-        self._difference_sums(cross[:2], self._whole)
-        heads = [logit[:, : self._whole] for logit in logits]
-        weights = self._weights[:, : len(logits[0]), : self._whole]
-        if self._whole:
-            sums = _run(_pair_blocks, *heads, *maxima, *weights).sum(2)
-            own[0].add_(sums[:4])
-            own[1].add_(sums[4:8])
-            cross[:2].add_(sums[8:])
-        self._mixture_sum(own, cross[2], self._whole)
-        if self._whole:
-            scales = [one[0, :, None].reciprocal() for one in own]
-            cross[2].add_(_run(_mixture_blocks, *weights, *scales).sum(1))
-
-
-def _run(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    # Sizes that happen to be equal in the first call must not have to be equal in the next: that would compile again.
-    with cast(Any, fx_config).patch(use_duck_shape=False):
-        # `.data` forgets which tensor a view was taken of, whose shape would be guarded too.
-        return _compiled(function)(*(tensor.data for tensor in tensors))
+    return _found(torch.device(device).type, os.environ.get("CXX", "g++"), os.environ.get("PATH"))
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _found(device: str, compiler: str, path: str | None) -> bool:
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    triton = device == "cpu" or importlib.util.find_spec("triton") is not None
+    return shutil.which(compiler, path=path) is not None and headers and triton
+
+
+def check_compiler(device: torch.device) -> None:
+    """A `RuntimeError` where `compiled=True` cannot work."""
+    if not compiler_available(device):
+        raise RuntimeError(
+            f"compiled=True needs a C++ compiler, Python's headers and, off the CPU, Triton; not all of them were "
+            f"found for the device '{device}': install them or pass compiled=False"
+        )
+
+
+class CompiledRowSums:
+    """What `RowSums` gives, from kernels that keep nothing of the logits' size.
+
+    They see contiguous rows of the computing dtype alone, so that few of them have to be compiled: other rows are
+    copied into scratch.
+    """
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.at_once = max(1, min(rows, _BYTES // (width * dtype.itemsize)))
+        self._shape, self._dtype, self._device = (self.at_once, width), dtype, device
+        self._scratch: dict[int, Tensor] = {}
+
+    def one(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """As `RowSums.one`."""
+        return _compiled(_one)(self._plain(0, logits))
+
+    def pair(self, tuned: Tensor, base: Tensor, *, shannon: bool) -> tuple[Tensor, ...]:
+        """As `RowSums.pair`."""
+        rows = self._plain(0, tuned), self._plain(1, base)
+        found = _compiled(_pair)(*rows)
+        return (*found, _compiled(_shannon)(*rows, *found)) if shannon else found
+
+    def _plain(self, side: int, logits: Tensor) -> Tensor:
+        if logits.dtype == self._dtype and logits.is_contiguous():
+            # `.data` forgets which tensor a view was taken of, whose shape would be guarded too.
+            return logits.data
+        if side not in self._scratch:
+            self._scratch[side] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return self._scratch[side][: len(logits)].copy_(logits).data
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Any, torch.compile)(function, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
-def _own_blocks(logits: Tensor, maximum: Tensor) -> Tensor:
-    """The sums of each block, `[4, rows, blocks]`."""
-    return torch.stack(_weighted_sums(*_centred(logits, maximum)))
+def _one(logits: Tensor) -> tuple[Tensor, ...]:
+    values, ids = top_two(logits)
+    x = logits - values[:, :1]
+    return moments(values, ids, _sums(x, x.exp()))
 
 
-def _pair_blocks(
-    tuned: Tensor,
-    base: Tensor,
-    tuned_maximum: Tensor,
-    base_maximum: Tensor,
-    tuned_weights: Tensor,
-    base_weights: Tensor,
-) -> Tensor:
-    """The sums of each block, `[10, rows, blocks]`; leaves e^x in the weights."""
-    xt, et = _centred(tuned, tuned_maximum)
-    xb, eb = _centred(base, base_maximum)
-    tuned_weights.copy_(et.flatten(1))
-    base_weights.copy_(eb.flatten(1))
-    difference = xt - xb
-    between = [torch.where(e == 0, 0, e * difference).sum(2) for e in (et, eb)]
-    return torch.stack([*_weighted_sums(xt, et), *_weighted_sums(xb, eb), *between])
+def _pair(tuned: Tensor, base: Tensor) -> tuple[Tensor, ...]:
+    tops = top_two(tuned), top_two(base)
+    xt, xb = tuned - tops[0][0][:, :1], base - tops[1][0][:, :1]
+    et, eb = xt.exp(), xb.exp()
+    cross = [_total(torch.where(e == 0, 0, e * (xt - xb))) for e in (et, eb)]
+    tuned_sums, base_sums = _sums(xt, et), _sums(xb, eb)
+    of_tuned, of_base = moments(*tops[0], tuned_sums), moments(*tops[1], base_sums)
+    between = divergences(tuned_sums[0], base_sums[0], *cross)
+    return *of_tuned, *of_base, *(value.to(tuned.dtype) for value in between)
 
 
-def _mixture_blocks(tuned_weights: Tensor, base_weights: Tensor, tuned_scale: Tensor, base_scale: Tensor) -> Tensor:
-    mixture = (tuned_weights * tuned_scale + base_weights * base_scale).view(len(base_scale), -1, _BLOCK)
-    return torch.where(mixture == 0, 0, mixture * mixture.log()).sum(2)
-
-
-def _centred(logits: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-    x = (logits.to(maximum.dtype) - maximum).view(len(maximum), -1, _BLOCK)
-    return x, x.exp()
-
-
-def _weighted_sums(x: Tensor, e: Tensor) -> list[Tensor]:
+def _sums(x: Tensor, e: Tensor) -> list[Tensor]:
     weighted = torch.where(e == 0, 0, e * x)
-    return [e.sum(2), (e * e).sum(2), weighted.sum(2), torch.where(e == 0, 0, weighted * x).sum(2)]
+    return [_total(summand) for summand in (e, e * e, weighted, torch.where(e == 0, 0, weighted * x))]
+
+
+def _shannon(tuned: Tensor, base: Tensor, *found: Tensor) -> Tensor:
+    tuned_total, base_total = found[0] + found[1], found[7] + found[8]
+    mixture = (tuned - tuned_total[:, None]).exp() + (base - base_total[:, None]).exp()
+    summed = _total(torch.where(mixture == 0, 0, mixture * mixture.log())).to(tuned.dtype)
+    return jensen_shannon(found[2], found[9], found[14], found[15], summed)
+
+
+def _total(summands: Tensor) -> Tensor:
+    # One running sum a lane: in single precision it would lose its small terms.
+    return summands.sum(1, dtype=torch.float64)

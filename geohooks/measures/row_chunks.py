@@ -33,11 +33,11 @@ def rows_at_once(width: int, dtype: torch.dtype, device: torch.device) -> int:
 def chunks(tensors: tuple[Tensor, ...], at_once: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Views `[rows, width]` of at most `at_once` rows that together cover `tensors`, and which rows they are.
 
-    The tensors have one leading shape. Nothing is copied, whatever the strides.
+    The tensors have one leading shape; where it is empty, so is the one chunk. Nothing is copied, whatever the strides.
     """
     for start, group in _matrices(tensors, 0):
         rows = len(group[0])
-        for first in range(0, rows, at_once):
+        for first in range(0, max(rows, 1), at_once):
             last = min(first + at_once, rows)
             yield slice(start + first, start + last), [matrix[first:last] for matrix in group]
 
@@ -45,9 +45,7 @@ def chunks(tensors: tuple[Tensor, ...], at_once: int) -> Iterator[tuple[slice, l
 def _matrices(tensors: tuple[Tensor, ...], start: int) -> Iterator[tuple[int, list[Tensor]]]:
     """Views `[rows, width]`, each with its first row's number: as few as the strides allow."""
     leading = tensors[0].shape[:-1]
-    if leading.numel() == 0:
-        return
-    if all(_is_matrix(tensor) for tensor in tensors):
+    if leading.numel() == 0 or all(_is_matrix(tensor) for tensor in tensors):
         yield start, [tensor.view(leading.numel(), tensor.shape[-1]) for tensor in tensors]
         return
     step = leading[1:].numel()

@@ -13,8 +13,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from geohooks.measures.moments import Divergences, Moments, pair_moments, row_moments
+from geohooks.measures.moments import Divergences, Moments
 from geohooks.measures.row_chunks import chunks, rows_at_once
+from geohooks.measures.row_passes import pair_moments, row_moments
 
 __all__ = ["PairStatistics", "RowStatistics"]
 
@@ -38,7 +39,7 @@ class RowStatistics(torch.autograd.Function):
         """Every statistic `[rows]`."""
         ctx.set_materialize_grads(False)
         found = row_moments(logits, compiled=compiled)
-        ctx.save_for_backward(logits, targets, *attrs.astuple(found))
+        ctx.save_for_backward(logits, targets, *attrs.astuple(found, recurse=False))
         ctx.mark_non_differentiable(found.top)
         return *_statistics(logits, targets, found), found.top
 
@@ -53,9 +54,9 @@ class RowStatistics(torch.autograd.Function):
 
 
 class PairStatistics(torch.autograd.Function):
-    """`(tuned, base, targets, shared, compiled)` to what `RowStatistics` gives of each, and the three divergences.
+    """`(tuned, base, targets, shared, jensen_shannon, compiled)` to the statistics of each and the divergences.
 
-    Both are read up to their first `shared` ids.
+    Those of each are what `RowStatistics` gives. Both are read up to their first `shared` ids.
     """
 
     @staticmethod
@@ -65,13 +66,16 @@ class PairStatistics(torch.autograd.Function):
         base: Tensor,
         targets: Tensor | None,
         shared: int,
-        compiled: bool,  # noqa: FBT001 - autograd passes by position
+        jensen_shannon: bool,  # noqa: FBT001 - autograd passes by position
+        compiled: bool,  # noqa: FBT001
     ) -> tuple[Tensor | None, ...]:
-        """Every statistic `[rows]`: seven of tuned, seven of base, three of the pair."""
+        """Every statistic `[rows]`: seven of tuned, seven of base, three of the pair, the last None if left out."""
         ctx.set_materialize_grads(False)
         ctx.shared = shared
-        of_tuned, of_base, between = pair_moments(tuned[..., :shared], base[..., :shared], compiled=compiled)
-        saved = (*attrs.astuple(of_tuned), *attrs.astuple(of_base), *attrs.astuple(between))
+        of_tuned, of_base, between = pair_moments(
+            tuned[..., :shared], base[..., :shared], jensen_shannon=jensen_shannon, compiled=compiled
+        )
+        saved = [value for part in (of_tuned, of_base, between) for value in attrs.astuple(part, recurse=False)]
         ctx.save_for_backward(tuned, base, targets, *saved)
         ctx.mark_non_differentiable(of_tuned.top, of_base.top)
         return (
@@ -79,7 +83,7 @@ class PairStatistics(torch.autograd.Function):
             of_tuned.top,
             *_statistics(base, targets, of_base),
             of_base.top,
-            *attrs.astuple(between),
+            *attrs.astuple(between, recurse=False),
         )
 
     @staticmethod
@@ -98,7 +102,7 @@ class PairStatistics(torch.autograd.Function):
         sides[0].add_divergence(reverse, between.reverse_kl, forward)
         sides[1].add_divergence(forward, between.forward_kl, reverse)
         _fill(sides, None if shannon is None else shannon[:, None] / 2)
-        return sides[0].buffer, sides[1].buffer, None, None, None
+        return sides[0].buffer, sides[1].buffer, None, None, None, None
 
 
 def _refuse_second_order() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geohooks.measures import LogitStats, compare_logits, compiler_available, logit_stats
+from geohooks.measures import LogitStats, compare_logits, compiled_sums, compiler_available, logit_stats
 
 needs_compiler = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler with Python's headers here")
 # torch.compile's own imports and caches.
@@ -32,15 +32,23 @@ def assert_same(left: object, right: object) -> None:
 
 
 @needs_compiler
-def test_compiled_agrees_with_eager_without_compiling_again_for_other_sizes() -> None:
+def test_compiled_agrees_with_eager_without_compiling_again_for_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last is taken in chunks.
     for number, shape in enumerate([(3, 5, 2500), (2, 7, 3100), (1, 9, 5000), (40, 2200)]):
         tuned, base, targets = pair(*shape)
+        if number == 3:
+            monkeypatch.setattr(compiled_sums, "_BYTES", 8 * 2200 * 4)
         tuned[..., :4] = base[..., :4] = -torch.inf
         tuned[0, ..., 7] = -torch.inf
         base[-1, ..., 3] = torch.nan
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             assert_same(compare_logits(tuned, base, targets, compiled=True), compare_logits(tuned, base, targets))
             assert_same(logit_stats(tuned, targets, compiled=True), logit_stats(tuned, targets))
+            half, strided = tuned.bfloat16(), base.mT.contiguous().mT
+            assert_same(compare_logits(half, strided, targets, compiled=True), compare_logits(half, base, targets))
+            less = compare_logits(tuned, base, targets, jensen_shannon=False, compiled=True)
+            assert less.jensen_shannon is None
+            assert_same(less, compare_logits(tuned, base, targets, jensen_shannon=False))
 
 
 @needs_compiler

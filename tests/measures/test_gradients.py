@@ -160,3 +160,12 @@ def test_changed_logits_are_noticed_before_a_wrong_gradient() -> None:
     doubled.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         entropy.backward()
+
+
+def test_without_jensen_shannon_the_rest_is_the_same() -> None:
+    tuned, base = randn(2, 3, 600).requires_grad_(), randn(2, 3, 600, seed=1)
+    whole, less = (compare_logits(tuned, base, jensen_shannon=wanted) for wanted in (True, False))
+    assert less.jensen_shannon is None
+    assert torch.equal(whole.forward_kl, less.forward_kl)
+    gradients = [torch.autograd.grad((one.forward_kl + one.reverse_kl).sum(), tuned)[0] for one in (whole, less)]
+    assert torch.equal(*gradients)
