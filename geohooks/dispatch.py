@@ -23,6 +23,8 @@ def tell(host: Host, listeners: tuple[Listener, ...], event: Any) -> None:
     event has then the value that it had before that plugin.
     """
     for listener in listeners:
+        if event.call.progress.plan is not host.backend and not host.has(listener.plugin):
+            continue  # It has left since the call began.
         before = event.value
         try:
             if listener.inner is None:

@@ -218,7 +218,8 @@ class AttentionEvent:
 
     `query` `[batch, heads, queries, width]`, `key` and `value_states` `[batch, key/value heads, keys, width]`,
     `mask` as the model's attention implementation takes it (or None), `scaling`, `bias` (T5's relative positions,
-    `[1 or batch, heads, queries, keys]`, or None), `sinks` (`[heads]`, or None).
+    `[1 or batch, heads, queries, keys]`, or None), `sinks` (`[heads]`, or None), `softcap` (Gemma 2 bends its scores by
+    softcap * tanh(score / softcap); or None).
     """
 
     __slots__ = (
@@ -232,6 +233,7 @@ class AttentionEvent:
         "scaling",
         "sinks",
         "site",
+        "softcap",
         "value_states",
     )
 
@@ -247,6 +249,7 @@ class AttentionEvent:
         sinks: Tensor | None,
         causal: bool,
         recomputing: bool,
+        softcap: float | None = None,
     ) -> None:
         self.site = site
         self.call = call
@@ -255,6 +258,7 @@ class AttentionEvent:
         self.scaling = scaling
         self.bias = bias
         self.sinks = sinks
+        self.softcap = softcap
         self.causal = causal
         self.recomputing = recomputing
 
@@ -291,6 +295,8 @@ class AttentionEvent:
         query = self.query[:, :, start : start + _QUERY_BLOCK].to(dtype)
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1).to(dtype)
         logits = query @ key.transpose(2, 3) * self.scaling
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
         rows = slice(start, start + query.shape[2])
         if self.bias is not None:
             logits = logits + self.bias[:, :, rows].to(dtype)

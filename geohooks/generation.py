@@ -10,6 +10,7 @@ from torch import Tensor
 
 from geohooks.call import Generation
 from geohooks.dispatch import tell
+from geohooks.errors import GeohooksError
 from geohooks.events import ScoresEvent
 from geohooks.sites import Site
 
@@ -52,6 +53,11 @@ def heard_generate(host: Host) -> Callable[..., Any]:
             return inner(*args, **kwargs)
         bound = inspect.signature(host.anatomy.model.__class__.generate).bind_partial(host.anatomy.model, *args)  # type: ignore[attr-defined]
         arguments = {name: value for name, value in bound.arguments.items() if name != "self"} | kwargs
+        if (arguments.get("guidance_scale") or 1) != 1:
+            raise GeohooksError(
+                f"guidance_scale={arguments['guidance_scale']} makes the model run twice in each step, on two prompts, "
+                "which plugins could not tell apart; generate without it, or within host.paused()"
+            )
         generation = Generation(beams=_beams(host.anatomy.model, arguments))
         processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])
         arguments["logits_processor"] = LogitsProcessorList([*processors, _Scores(host, generation)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -83,7 +83,7 @@ class Host:
         self._hears: dict[str, frozenset[Site]] = {}
         self._call_listeners: dict[str, tuple[Listener, ...]] = {}
         try:
-            for plugin in [plugins] if isinstance(plugins, str) else plugins:
+            for plugin in _listed(plugins):
                 self._join(plugin)
             self._plan()
         except BaseException:
@@ -126,8 +126,14 @@ class Host:
         if self.backend is not None:
             self.backend.remove()
             self.backend = None
+        errors = []
         for name in tuple(self._roster.plugins):
-            self._leave(name)
+            try:
+                self._leave(name)
+            except Exception as error:  # noqa: BLE001 - every plugin leaves; the first error goes on afterwards
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _join(self, plugin: Any) -> str:
         name, plugin = _named(plugin)
@@ -150,10 +156,11 @@ class Host:
             listener.function(self)
 
     def _plan(self) -> None:
-        """Bind the implementations of every hook, and put one raw hook on each site that somebody hears."""
-        if self.backend is not None:
-            self.backend.remove()
-            self.backend = None
+        """Bind the implementations of every hook, and put one raw hook on each site that somebody hears.
+
+        Calls that are under way, in this thread or another, end as they began.
+        """
+        before, self.backend = self.backend, None
         self._call_listeners = {hook: self._roster.listeners(hook) for hook in _CALL_HOOKS}
         plan = {}
         for site in self.anatomy.sites:
@@ -165,6 +172,8 @@ class Host:
             if hasattr(self.anatomy.model, "generate"):
                 self.backend.attachment.wrap(self.anatomy.model, "generate", heard_generate(self))
             forget_compiled_graphs()
+        if before is not None:
+            before.retire()
 
     # What the backend asks of the host.
 
@@ -224,7 +233,10 @@ class Host:
             return {}
         terms: dict[str, Tensor] = {}
         for listener in self.listeners("loss_terms"):
-            for name, term in (listener.function(call) or {}).items():
+            given = listener.function(call)
+            if not isinstance(given, Mapping):
+                raise PluginError(f"plugin '{listener.plugin}': loss_terms gave {given!r}; give a dict, {{}} for none")
+            for name, term in given.items():
                 if name in terms:
                     raise PluginError(f"plugin '{listener.plugin}' gives a second loss term '{name}'; rename one")
                 terms[name] = term
@@ -307,6 +319,14 @@ class _Values(_Recorder):
     def keep(self, event: Event) -> None:
         value = event.weights() if isinstance(event, AttentionEvent) else event.value
         self.values[str(event.site)] = value.detach()
+
+
+def _listed(plugins: Any) -> Sequence[Any]:
+    if isinstance(plugins, str):
+        return [plugins]
+    if not isinstance(plugins, Iterable):
+        raise PluginError(f"plugins={plugins!r} is no list; give a list of names and plugins: plugins=[...]")
+    return list(plugins)
 
 
 def _named(plugin: Any) -> tuple[str, Any]:

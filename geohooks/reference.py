@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,11 @@ from geohooks.sites import Site
 
 __all__ = ["Answer", "DisabledAdapter", "InMemory", "Reference", "as_reference", "unwrap"]
 
+_log = logging.getLogger("geohooks")
+
+# Vocabularies of one tokenizer differ by padding to a round size and a few added tokens: more than this is another.
 _PADDING = 1024
+_PADDED_SHARE = 0.25
 _DROPPED = frozenset({"labels", "past_key_values", "use_cache", "num_items_in_batch", "output_router_logits"})
 
 
@@ -247,7 +252,10 @@ def _check_comparable(tuned: Anatomy, base: Anatomy | None) -> None:
     """Refuse a base whose distribution is over something else; one of a reference of the user's own is not known."""
     if base is None or base.outputs is None or tuned.outputs is None:
         return
-    if base.logits != tuned.logits or abs(base.outputs - tuned.outputs) > _PADDING:
+    difference, larger = abs(base.outputs - tuned.outputs), max(base.outputs, tuned.outputs)
+    if difference and base.logits == tuned.logits and difference <= min(_PADDING, larger * _PADDED_SHARE):
+        _log.warning("vocabularies of %d and %d ids: compared on the ids that both have", tuned.outputs, base.outputs)
+    elif difference or base.logits != tuned.logits:
         raise ReferenceMismatch(
             f"the reference, {type(base.model).__name__}, has {base.outputs} outputs over {base.logits}, and "
             f"{type(tuned.model).__name__} {tuned.outputs} over {tuned.logits}; only distributions over one vocabulary "

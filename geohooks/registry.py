@@ -68,7 +68,14 @@ def load_plugin(name: str) -> Any:
     if name in disabled():
         raise PluginError(f"plugin '{name}' is kept out by GEOHOOKS_DISABLE_PLUGINS; take its name off that list")
     found = _named("geohooks.plugins", name)
-    return found.target() if inspect.isclass(found.target) else found.target
+    if not inspect.isclass(found.target):
+        return found.target
+    try:
+        return found.target()
+    except GeohooksError:
+        raise
+    except Exception as error:
+        raise PluginError(f"plugin '{name}' of {found.origin} can't be made without arguments: {error!r}") from error
 
 
 def _named(group: str, name: str) -> Installed:
@@ -128,10 +135,13 @@ def adapter_for(model: nn.Module, adapter: str | Adapter | None = None) -> Adapt
 
 def _asked(implementation: pluggy.HookImpl, model: nn.Module) -> Any:
     try:
-        return implementation.function(model)
+        answer = implementation.function(model)
     except GeohooksError:
         raise
     except Exception as error:  # noqa: BLE001 - one broken adapter must not keep the others from answering
-        name = implementation.plugin_name
-        _log.warning("adapter %s failed on %s and was passed over: %r", name, type(model).__name__, error)
-        return None
+        answer = error
+    if answer is None or isinstance(answer, Adapter):
+        return answer
+    name = implementation.plugin_name
+    _log.warning("adapter %s was passed over: for %s it gave %r", name, type(model).__name__, answer)
+    return None

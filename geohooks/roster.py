@@ -178,6 +178,8 @@ def _marked(plugin: object) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield hook, getattr(plugin, name)
         elif name in _HOOKS and inspect.isfunction(getattr(type(plugin), name, None)):
             raise PluginError(f"plugin '{who}': method {name} is not marked; put @geohooks.hookimpl above it")
+        elif name not in _HOOKS and name.startswith("on_") and difflib.get_close_matches(name, _HOOKS, cutoff=0.85):
+            raise PluginError(_misspelt(who, name))
 
 
 def _called(plugin: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,9 @@ class TorchHooks:
         self.model = host.anatomy.model
         self.attachment = Attachment()
         self._listeners = tuple(plan.values())
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._retired = False
         self._stacks = {stack.module: stack.name for stack in host.anatomy.stacks}
         # The class's forward: an instance's may have been wrapped in something that names no arguments.
         self._parameters = {
@@ -61,8 +65,16 @@ class TorchHooks:
             self.attachment.wrap(self.model, "forward", host.reference.one_at_a_time)
 
     def remove(self) -> None:
-        """Take every hook off."""
+        """Take every hook off, whatever is under way."""
         self.attachment.remove()
+
+    def retire(self) -> None:
+        """Begin no more calls, and take every hook off when those under way, in any thread, have ended."""
+        with self._lock:
+            self._retired = True
+            idle = self._under_way == 0
+        if idle:
+            self.remove()
 
     def _attach_site(self, index: int, site: Site, listeners: Listeners) -> None:
         anatomy = self.host.anatomy
@@ -85,7 +97,7 @@ class TorchHooks:
     # Each hook below runs once per layer and call: what it needs is bound here, and it makes no call that it can avoid.
 
     def _output_hook(self, index: int, site: Site, listeners: Listeners, tap: Tap) -> Callable[..., Any]:
-        current, emit = self.current, self._emit
+        current, emit, host = self.current, self._emit, self.host
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any = _TAKEN_OFF) -> Any:
             call = current.call
@@ -93,6 +105,8 @@ class TorchHooks:
                 return None
             if call is None:
                 return self._outside(site)
+            if (host.backend if current.recomputing else call.progress.plan) is not self:
+                return None
             value = output if output.__class__ is Tensor else first_tensor(output, site)
             event = HiddenEvent(site, call, value, current.recomputing)
             emit(index, listeners, event)
@@ -103,7 +117,7 @@ class TorchHooks:
         return hook
 
     def _input_hook(self, index: int, site: Site, listeners: Listeners, tap: Tap) -> Callable[..., Any]:
-        current, emit, name = self.current, self._emit, tap.name
+        current, emit, host, name = self.current, self._emit, self.host, tap.name
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             call = current.call
@@ -111,6 +125,8 @@ class TorchHooks:
                 return None
             if call is None:
                 return self._outside(site)
+            if (host.backend if current.recomputing else call.progress.plan) is not self:
+                return None
             named = name in kwargs
             value = kwargs[name] if named else args[0]
             event = HiddenEvent(site, call, value, current.recomputing)
@@ -122,8 +138,8 @@ class TorchHooks:
         return hook
 
     def _router_hook(self, index: int, site: Site, listeners: Listeners) -> Callable[..., Any]:
-        current, emit, adapter = self.current, self._emit, self.host.anatomy.adapter
-        block = self.host.anatomy.block(site)
+        current, emit, host = self.current, self._emit, self.host
+        adapter, block = host.anatomy.adapter, host.anatomy.block(site)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = _TAKEN_OFF) -> Any:
             call = current.call
@@ -131,6 +147,8 @@ class TorchHooks:
                 return None
             if call is None:
                 return self._outside(site)
+            if (host.backend if current.recomputing else call.progress.plan) is not self:
+                return None
             arguments = (*args, *kwargs.values())
             event = RouterEvent(site, call, adapter, block, arguments, output, recomputing=current.recomputing)
             emit(index, listeners, event)
@@ -141,7 +159,7 @@ class TorchHooks:
     def _attention_listener(self, index: int, site: Site, listeners: Listeners) -> AttentionCall:
         from geohooks.backends.attention import is_causal
 
-        current, emit = self.current, self._emit
+        current, emit, host = self.current, self._emit, self.host
 
         def listener(
             module: nn.Module,
@@ -150,7 +168,7 @@ class TorchHooks:
             options: dict[str, Any],
         ) -> None:
             call = current.call
-            if call is None:
+            if call is None or (host.backend if current.recomputing else call.progress.plan) is not self:
                 return
             event = AttentionEvent(
                 site,
@@ -160,6 +178,7 @@ class TorchHooks:
                 options.get("scaling") or states[0].shape[-1] ** -0.5,
                 bias=options.get("position_bias"),
                 sinks=options.get("s_aux", getattr(module, "sinks", None)),
+                softcap=options.get("softcap"),
                 causal=is_causal(module, options),
                 recomputing=current.recomputing,
             )
@@ -170,9 +189,9 @@ class TorchHooks:
     def _emit(self, index: int, listeners: Listeners, event: Any) -> None:
         """Give `event` to its listeners in order; what the first pass of a checkpoint edited is edited again."""
         progress = event.call.progress
-        if progress.plan is self:
+        if not event.recomputing:
             progress.fired[index] = 1
-        if event.recomputing:
+        else:
             listeners = editors(listeners, event.site, progress.edits)
         progress.telling = True
         # What plugins save for the backward pass is theirs: a checkpoint may count only what the model saves.
@@ -202,6 +221,8 @@ class TorchHooks:
             if current.paused or current.recomputing or kwargs is None:
                 return
             call = current.call
+            if self._retired if call is None else call.progress.plan is not self:
+                return
             if call is not None and call.progress.telling:
                 raise PluginError(
                     f"a plugin runs {type(module).__name__} inside a hook of the same call; do so within host.paused()"
@@ -209,6 +230,8 @@ class TorchHooks:
             if call is None or call.progress.owner is module or name in call.progress.running:
                 # A call in which a module starts again inside itself was left open by an interrupt, which no hook sees.
                 self._release(call)
+                if self._retired:
+                    return
                 call = self._open(module, None if is_model else name, args, kwargs)
             if name is not None:
                 call.progress.entered.add(name)
@@ -221,11 +244,24 @@ class TorchHooks:
         host = self.host
         call = Call(host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation)
         call.progress = Progress(module, self, bytearray(len(self.sites)), saving=torch.is_grad_enabled())
+        with self._lock:
+            self._under_way += 1
         if self.model.training:
             checkpointing.keep_calls(self.attachment, self._checkpointable, self.current, host.has)
-        host.tell_of_call("on_call_start", call)
         self.current.call = call
+        try:
+            self._tell_of_call("on_call_start", call)
+        except BaseException:
+            self._release(call)
+            raise
         return call
+
+    def _tell_of_call(self, hook: str, call: Call) -> None:
+        call.progress.telling = True
+        try:
+            self.host.tell_of_call(hook, call)
+        finally:
+            call.progress.telling = False
 
     def _closing(self, module: nn.Module) -> Callable[..., Any]:
         current, name = self.current, self._stacks.get(module)
@@ -234,7 +270,7 @@ class TorchHooks:
 
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
             call = current.call
-            if call is None or current.recomputing:
+            if call is None or current.recomputing or call.progress.plan is not self:
                 return None
             call.progress.running.discard(name)
             if call.progress.owner is not module:
@@ -255,26 +291,30 @@ class TorchHooks:
     def _release(self, call: Call | None) -> None:
         """The call is over, however it ended."""
         self.current.call = None
-        if call is not None:
-            call.output = None
+        if call is None:
+            return
+        call.output = None
+        with self._lock:
+            self._under_way -= 1
+            last = self._retired and self._under_way == 0
+        if last:
+            self.remove()
 
     def _close(self, call: Call) -> None:
         host = self.host
-        if call.progress.plan is self and host.backend is self:
-            missing = tuple(self._missing(call))
-            if missing:
-                names = ", ".join(str(site) for site in missing)
-                raise AdapterError(
-                    f"{type(self.model).__name__}: {names} did not pass in this call, though a plugin asked for it; "
-                    f"adapter '{host.anatomy.adapter.name}' is wrong about this model, or the model skips these layers"
-                )
+        missing = ", ".join(str(site) for site in self._missing(call))
+        if missing:
+            raise AdapterError(
+                f"{type(self.model).__name__}: {missing} did not pass in this call, though a plugin asked for it; "
+                f"adapter '{host.anatomy.adapter.name}' is wrong about this model, or the model skips these layers"
+            )
         if call.generation is not None:
             if call.stack is None or call.stack == host.anatomy.main.name:
                 call.generation.last_call = call
                 call.generation.step += 1
             else:
                 call.generation.encoder_inputs = call.inputs
-        host.tell_of_call("on_call_end", call)
+        self._tell_of_call("on_call_end", call)
         host.ended(call)
 
     def _missing(self, call: Call) -> Iterator[Site]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -96,29 +95,30 @@ def _following(rows: Rows, column: NDArray[np.int64], values: _Values, names: Se
 
 
 def summary_of(table: pa.Table) -> pa.Table:
-    """One row a domain and signal: how many positions have it, mean, and spread (population standard deviation).
+    """One row a domain and signal: positions that have it, mean, and spread (population standard deviation).
 
-    Positions whose logits were NaN do not count.
+    Positions whose logits were NaN are counted apart, as `undefined`, and are in neither mean nor spread; an infinite
+    NLL makes its mean infinite.
     """
-    rows = []
+    domains = np.asarray(table["domain"].cast(pa.string()).to_pylist(), dtype=object)
+    rows: list[dict[str, Any]] = []
     for name in table.column_names[len(KEYS) :]:
         unit = table.schema.field(name).metadata[b"unit"].decode()
-        counted = table.select(["domain", name]).filter(pc.is_finite(table[name]))
-        plain = counted.set_column(0, "domain", counted["domain"].cast(pa.string()))
-        aggregations = [(name, "count"), (name, "mean"), (name, "stddev")]
-        grouped = plain.group_by("domain", use_threads=False).aggregate(aggregations)
-        rows += [
-            {
-                "domain": one["domain"],
-                "signal": name,
-                "unit": unit,
-                "positions": one[f"{name}_count"],
-                "mean": one[f"{name}_mean"],
-                "spread": one[f"{name}_stddev"],
-            }
-            for one in grouped.to_pylist()
-        ]
+        there = np.asarray(table[name].is_valid())
+        values = table[name].to_numpy().astype(np.float64)
+        for domain in sorted(set(domains)):
+            found = _spread(values[there & (domains == domain)])
+            rows.append({"domain": domain, "signal": name, "unit": unit, **found})
     return pa.Table.from_pylist(rows, schema=_SUMMARY)
+
+
+def _spread(values: NDArray[np.float64]) -> dict[str, float | int | None]:
+    counted = values[~np.isnan(values)]
+    found: dict[str, float | int | None] = {"positions": len(counted), "undefined": len(values) - len(counted)}
+    with np.errstate(invalid="ignore"):
+        found["mean"] = float(counted.mean()) if len(counted) else None
+        found["spread"] = float(counted.std()) if len(counted) else None
+    return found
 
 
 _SUMMARY = pa.schema(
@@ -127,6 +127,7 @@ _SUMMARY = pa.schema(
         "signal": pa.string(),
         "unit": pa.string(),
         "positions": pa.int64(),
+        "undefined": pa.int64(),
         "mean": pa.float64(),
         "spread": pa.float64(),
     }
