@@ -49,12 +49,13 @@ class Generation:
 class Progress:
     """What the backend keeps of a call under way.
 
-    The module whose pass it is, the plan that it began under, a byte for each of that plan's sites that has passed,
-    the stacks that have begun and those not yet done, who edited where, whether tensors are saved for a backward
-    pass, and whether plugins are being told of an event.
+    The module whose pass it is and the keyword arguments that it began with, the plan that it began under, a byte for
+    each of that plan's sites that has passed, the stacks that have begun and those not yet done, who edited where,
+    whether tensors are saved for a backward pass, and whether plugins are being told of something.
     """
 
     owner: nn.Module | None = None
+    arguments: object = None
     plan: object = None
     fired: bytearray = attrs.Factory(bytearray)
     entered: set[str] = attrs.Factory(set)

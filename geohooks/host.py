@@ -160,7 +160,7 @@ class Host:
 
         Calls that are under way, in this thread or another, end as they began.
         """
-        before, self.backend = self.backend, None
+        before, after = self.backend, None
         self._call_listeners = {hook: self._roster.listeners(hook) for hook in _CALL_HOOKS}
         plan = {}
         for site in self.anatomy.sites:
@@ -168,10 +168,11 @@ class Host:
             if names:
                 plan[site] = self._roster.listeners(hook_of(site), names)
         if plan or any(self._call_listeners.values()):
-            self.backend = TorchHooks(self, plan)
+            after = TorchHooks(self, plan)
             if hasattr(self.anatomy.model, "generate"):
-                self.backend.attachment.wrap(self.anatomy.model, "generate", heard_generate(self))
+                after.attachment.wrap(self.anatomy.model, "generate", heard_generate(self))
             forget_compiled_graphs()
+        self.backend = after
         if before is not None:
             before.retire()
 

@@ -215,37 +215,46 @@ class TorchHooks:
     # Around the model and around each stack.
 
     def _opening(self, module: nn.Module) -> Callable[..., None]:
-        current, name, is_model = self.current, self._stacks.get(module), module is self.model
+        current = self.current
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-            if current.paused or current.recomputing or kwargs is None:
-                return
-            call = current.call
-            if self._retired if call is None else call.progress.plan is not self:
-                return
-            if call is not None and call.progress.telling:
-                raise PluginError(
-                    f"a plugin runs {type(module).__name__} inside a hook of the same call; do so within host.paused()"
-                )
-            if call is None or call.progress.owner is module or name in call.progress.running:
-                # A call in which a module starts again inside itself was left open by an interrupt, which no hook sees.
-                self._release(call)
-                if self._retired:
-                    return
-                call = self._open(module, None if is_model else name, args, kwargs)
-            if name is not None:
-                call.progress.entered.add(name)
-                call.progress.running.add(name)
+            if not current.paused and not current.recomputing and kwargs is not None:
+                self._begin(module, args, kwargs)
 
         return hook
 
-    def _open(self, module: nn.Module, stack: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model, or one of its stacks, begins: a call of its own, or part of the one under way."""
+        call, name = self.current.call, self._stacks.get(module)
+        if call is not None:
+            if call.progress.plan is not self or call.progress.arguments is kwargs:
+                return
+            if call.progress.telling:
+                raise PluginError(
+                    f"a plugin runs {type(module).__name__} inside a hook of the same call; do so within host.paused()"
+                )
+            if call.progress.owner is module or name in call.progress.running:
+                # A call in which a module starts again inside itself was left open by an interrupt, which no hook sees.
+                self._release(call)
+                call = None
+        if call is None:
+            with self._lock:
+                self._under_way += not self._retired
+            if self._retired:
+                # torch lists a module's hooks before it calls them: this plan was replaced in between.
+                if self.host.backend is not None:
+                    self.host.backend._begin(module, args, kwargs)
+                return
+            call = self._open(module, args, kwargs)
+        if name is not None:
+            call.progress.entered.add(name)
+            call.progress.running.add(name)
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         inputs = {**dict(zip(self._parameters[module], args, strict=False)), **kwargs}
-        host = self.host
+        host, stack = self.host, None if module is self.model else self._stacks[module]
         call = Call(host.anatomy, inputs, stack=stack, reference=host.reference, generation=self.current.generation)
-        call.progress = Progress(module, self, bytearray(len(self.sites)), saving=torch.is_grad_enabled())
-        with self._lock:
-            self._under_way += 1
+        call.progress = Progress(module, kwargs, self, bytearray(len(self.sites)), saving=torch.is_grad_enabled())
         if self.model.training:
             checkpointing.keep_calls(self.attachment, self._checkpointable, self.current, host.has)
         self.current.call = call
