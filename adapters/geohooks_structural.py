@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from geohooks.adapter import Adapter, Names
 from geohooks.anatomy import Tap
@@ -14,6 +14,8 @@ from geohooks.errors import AdapterError
 from geohooks.markers import hookimpl
 
 __all__ = ["Structural", "adapt"]
+
+_NO_TOKENS = ("mask", "position", "labels", "token_type", "cache")
 
 
 class Structural(Adapter):
@@ -55,6 +57,17 @@ class Structural(Adapter):
                 "an Adapter whose find_layers chooses"
             )
         return longest
+
+    def tokens(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The decoder's token ids, else those under the usual name, else the first rows of whole numbers given."""
+        for name in ("decoder_input_ids", "input_ids"):
+            if inputs.get(name) is not None:
+                return inputs[name]
+        if any(name.endswith("inputs_embeds") for name in inputs):
+            return None
+        given = (value for name, value in inputs.items() if not any(part in name for part in _NO_TOKENS))
+        whole = (value for value in given if isinstance(value, Tensor) and not value.is_floating_point())
+        return next((value for value in whole if value.dim() == 2), None)
 
     def stack_name(self, model: nn.Module, path: str, layer: nn.Module) -> str:
         """As for known families; a foreign model of no telling names that predicts words is a decoder."""

@@ -86,3 +86,13 @@ def test_tokens_of_a_seq2seq_model_come_from_its_labels(subject):
     found.model(input_ids=found.inputs["input_ids"], labels=labels)
     assert torch.equal(found.adapter.tokens({"labels": labels}), heard[0])
     assert found.adapter.tokens({"input_ids": labels}) is None
+
+
+def test_a_foreign_models_tokens_are_found_under_any_name():
+    from geohooks_structural import Structural
+
+    ids, mask = torch.tensor([[3, 4, 5]]), torch.ones(1, 3, dtype=torch.int64)
+    assert Structural().tokens({"attention_mask": mask, "ids": ids}) is ids
+    assert Structural().tokens({"input_ids": mask, "decoder_input_ids": ids}) is ids
+    assert Structural().tokens({"inputs_embeds": torch.zeros(1, 3, 4), "token_type_ids": ids}) is None
+    assert Structural().tokens({"attention_mask": mask, "labels": ids}) is None
