@@ -34,7 +34,7 @@ class LogitStats:
     calibration_gap: Tensor | None
     """NLL - H, mean zero for targets drawn from p."""
     calibration_z: Tensor | None
-    """The gap over its spread sqrt(V), 0 where V = 0."""
+    """The gap over its spread sqrt(V); where V = 0, it is 0, or +inf for a target that can't occur."""
 
 
 @attrs.frozen(eq=False)
@@ -176,7 +176,7 @@ def _stats(statistics: tuple[Tensor | None, ...], leading: torch.Size) -> LogitS
     if nll is not None:
         gap = nll - entropy
         unknown = gap.isnan()
-        settled = unknown | (varentropy == 0)
+        settled = unknown | ((varentropy == 0) & gap.isfinite())
         z = gap.masked_fill(settled, 0) / varentropy.masked_fill(settled, 1).sqrt()
         z = z.masked_fill(unknown, torch.nan)
     return LogitStats(

@@ -86,7 +86,8 @@ def _following(rows: Rows, column: NDArray[np.int64], values: _Values, names: Se
     own["calibration_gap"] = own["nll"] - own["entropy"]
     spread = np.sqrt(own["varentropy"])
     with np.errstate(divide="ignore", invalid="ignore"):
-        own["calibration_z"] = np.where(spread == 0, np.float32(0), own["calibration_gap"] / spread)
+        settled = (spread == 0) & np.isfinite(own["calibration_gap"])
+        own["calibration_z"] = np.where(settled, np.float32(0), own["calibration_gap"] / spread)
     if "base_nll" in own:
         own["nll_increase"] = own["nll"] - own["base_nll"]
     for name in NEXT_TOKEN & own.keys():

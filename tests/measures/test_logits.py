@@ -406,3 +406,15 @@ def test_errors_say_what_was_wrong() -> None:
         logit_stats(torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="of the same positions"):
         compare_logits(torch.zeros(2, 5), torch.zeros(3, 5))
+
+
+def test_an_impossible_target_of_a_settled_row_is_no_calibration() -> None:
+    logits = torch.tensor([[0.0, -INF, -INF], [0.0, -INF, -INF]]).requires_grad_()
+    stats = logit_stats(logits, torch.tensor([0, 1]))
+    assert stats.nll is not None
+    assert stats.calibration_z is not None
+    assert stats.nll.tolist() == [0.0, INF]
+    assert stats.calibration_z.tolist() == [0.0, INF]
+    stats.entropy.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
