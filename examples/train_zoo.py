@@ -1,4 +1,4 @@
-"""Make the zoo's models again: `python examples/train_zoo.py --out DIR [--seed 0] [--smoke]`.
+"""Make the zoo's models again: `python examples/train_zoo.py [--out DIR] [--seed 0] [--smoke]`.
 
 A base model learns the prose and the code of `geohooks.zoo.text`; the tuned one goes on from it and learns to
 summarise functions and to name topics, and nothing else. All on one thread: with the same versions of Python,
@@ -310,7 +310,7 @@ def finish(folder: Path, figures: dict[str, Any], recipe: Recipe, curve: list[tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the zoo's models again.")
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets one folder a model")
+    parser.add_argument("--out", type=Path, default=Path("zoo"), help="folder that gets one folder a model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few steps of a smaller model on less text")
     arguments = parser.parse_args()

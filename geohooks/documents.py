@@ -191,7 +191,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any, int]]:
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"'{file}' line {number} is not JSON: {error}") from error
             yield number, row, len(line)
 

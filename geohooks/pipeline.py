@@ -141,13 +141,13 @@ class Measurement:
             host.compiled = self._pays_to_compile(host)
             schema = self._probe(host)
             run = Run.begin(folder, self._manifest(host, schema))
-            if run.manifest.finished:
-                self._notice(f"the run in '{folder}' is already finished")
-                return run
             count = 0
             for group in groups(self._documents(), self.settings.part_size):
                 count += 1
                 self._one(host, run, group, schema)
+            if run.manifest.finished:
+                self._notice(f"the run in '{folder}' is already finished")
+                return run
             return self._finished(run, count)
 
     def _documents(self) -> Iterator[Document]:
@@ -170,8 +170,14 @@ class Measurement:
             _check_unchanged(run, group, texts)
             self._progress(0, size)
             return
+        if run.manifest.finished:
+            raise ArtifactError(
+                f"the run in '{run.path}' is finished, but part {group.number} is broken or the data have grown since; "
+                "name another folder, or delete this one"
+            )
         encoded = self._encoder.encode(group.documents, texts)
-        positions = self._measured(host, group, encoded, size)
+        some = any(len(one.token_ids) for one in encoded)
+        positions = self._measured(host, group, encoded, size) if some else schema.empty_table()
         self._write(run, group, encoded, positions, schema)
 
     def _measured(self, host: Host, group: Group, encoded: Sequence[Encoded], size: int) -> pa.Table:
@@ -251,8 +257,8 @@ class Measurement:
                 f"'{run.path}' has a part {there[-1]}, and the data end before it now: they have changed since; "
                 "name another folder, or delete this one"
             )
-        if count == 0:
-            raise DataError("the data hold no document; name files with text in them")
+        if count == 0 or (len(there) == count and not any(run.part_totals(part).documents for part in there)):
+            raise DataError("the data hold no text: no document, or only empty ones; name files with text in them")
         return run.finish() if len(there) == count else run
 
     def _probe(self, host: Host) -> pa.Schema:

@@ -147,8 +147,8 @@ class Run:
         return tuple(sorted(int(match[1]) for match in found if match))
 
     def has_part(self, number: int) -> bool:
-        """Whether part `number` is there."""
-        return self._file("positions", number).is_file()
+        """Whether part `number` is there, with both its files readable to their end."""
+        return all(_is_whole(self._file(kind, number)) for kind in ("documents", "positions"))
 
     def write_part(self, part: Part, totals: Totals) -> None:
         """Write the tables of a part, documents first; whole or not at all."""
@@ -214,7 +214,7 @@ class Run:
         try:
             return pq.read_table(path, columns=None if columns is None else list(columns))
         except (pa.ArrowException, OSError) as error:
-            raise ArtifactError(f"'{path}' is broken: {error}") from error
+            raise ArtifactError(f"'{path}' is broken: {error}; delete the run's folder, and measure again") from error
 
     def _folder(self, kind: str) -> Path:
         return self.path / kind
@@ -223,13 +223,20 @@ class Run:
         return self._folder(kind) / f"part-{number:05d}.parquet"
 
 
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.is_file() and pq.read_metadata(path).num_rows >= 0
+    except (pa.ArrowException, OSError):
+        return False
+
+
 def _read_schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)
     except FileNotFoundError as error:
         raise ArtifactError(f"'{path}' does not exist") from error
-    except pa.ArrowException as error:
-        raise ArtifactError(f"'{path}' is broken: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(f"'{path}' is broken: {error}; delete the run's folder, and measure again") from error
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -78,10 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     traced = _TRACEBACK in given
     try:
         application()(args=[argument for argument in given if argument != _TRACEBACK], prog_name="geohooks")
-    except (GeohooksError, OSError) as error:
+    except Exception as error:
         if traced:
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        # What is not geohooks' own or the system's needs its kind, and says where it comes from only when asked.
+        ours = isinstance(error, (GeohooksError, OSError))
+        text = str(error) if ours else f"{type(error).__name__}: {error}; --traceback shows where it comes from"
+        typer.echo(f"error: {' '.join(text.split())}", err=True)
         raise SystemExit(1) from error
 
 

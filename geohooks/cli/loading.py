@@ -16,7 +16,8 @@ __all__ = ["DTYPES", "Loaded", "load"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _ZOO = "zoo:"
-_HEAD = 1 << 20
+# 64 MiB at the most are read of a file.
+_BLOCK, _BLOCKS = 65_536, 1024
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
 
@@ -57,7 +58,19 @@ def load(name: str, *, dtype: str = "auto", device_map: str | None = None, trust
         raise ArtifactError(f"model '{name}' can't be loaded: {error}") from error
     if device_map is None and torch.cuda.is_available():
         model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    _check_tokenizer(name, model, tokenizer)
     return Loaded(model.eval(), tokenizer, ModelSource(name, _fingerprint(place, model)))
+
+
+def _check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer without tokens, or with more than the model has embeddings for."""
+    rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if tokens == 0:
+        raise ArtifactError(f"model '{name}' has no tokenizer: it has no tokens; put the tokenizer's files beside it")
+    if tokens > rows:
+        raise ArtifactError(
+            f"model '{name}' has embeddings for {rows} tokens, its tokenizer has {tokens}; use the model's own"
+        )
 
 
 def _place(name: str) -> str:
@@ -76,13 +89,16 @@ def _place(name: str) -> str:
 
 
 def _fingerprint(place: str, model: Any) -> str:
-    """The hub's commit, or a hash of the folder's files by name, size and beginning."""
+    """The hub's commit, or a hash of the folder's files: whole ones, and of very large ones blocks from end to end."""
     folder = Path(place)
     if not folder.is_dir():
         return str(getattr(model.config, "_commit_hash", None) or "unknown")
     digest = hashlib.sha256()
     for file in sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as opened:
-            digest.update(opened.read(_HEAD))
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                opened.seek(start)
+                digest.update(opened.read(_BLOCK))
     return digest.hexdigest()

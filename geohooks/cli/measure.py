@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typing_extensions import Self
 
 if TYPE_CHECKING:
     from geohooks.run import Totals
@@ -60,6 +59,7 @@ def measure(
     """
     from geohooks.cli.loading import load
     from geohooks.documents import find_sources, size_of
+    from geohooks.errors import DataError
     from geohooks.pipeline import Measurement, Settings, processes
 
     sources = find_sources(data)
@@ -79,8 +79,14 @@ def measure(
             notice=display.notice,
             progress=display.progress,
         ).run(out)
-    if run.manifest.totals is not None:
-        typer.echo(_last_line(run.manifest.totals, out))
+    totals = run.manifest.totals
+    if totals is not None:
+        typer.echo(_last_line(totals, out))
+        if totals.undefined_positions:
+            raise DataError(
+                f"at {totals.undefined_positions:,} of {totals.tokens:,} positions the logits had NaN or infinity, and "
+                "so have the signals there; the run is whole, but look at the model's weights and --dtype"
+            )
 
 
 class _Display:
@@ -104,7 +110,7 @@ class _Display:
         self._tokens = 0
         self._began = 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Display:
         self._bar.start()
         self._began = time.perf_counter()
         return self
@@ -127,6 +133,4 @@ def _last_line(totals: Totals, out: Path) -> str:
     if totals.empty_documents:
         what = "document was" if totals.empty_documents == 1 else "documents were"
         line += f"; {totals.empty_documents:,} empty {what} skipped"
-    if totals.undefined_positions:
-        line += f"; at {totals.undefined_positions:,} positions the logits had NaN or infinity, and so have the signals"
     return line

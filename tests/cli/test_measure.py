@@ -141,7 +141,7 @@ def test_empty_documents_are_counted_and_one_token_has_no_nll(
     run = measure(pair, data, tmp_path / "run")
     said = capsys.readouterr().out
     assert "of 8 documents" in said
-    assert "1 empty documents were skipped" in said
+    assert "1 empty document was skipped" in said
     assert run.manifest.totals is not None
     assert run.manifest.totals.empty_documents == 1
     lone = [row for row in run.positions().to_pylist() if row["document"] == 1]
@@ -296,10 +296,68 @@ def test_logits_that_are_nan_are_counted(tmp_path: Path, data: Path, capsys: pyt
     with torch.no_grad():
         broken.lm_head.weight[7] = torch.nan
     model = save(tmp_path / "nan", broken)
-    main_ok(["measure", str(data), "--model", str(model), "--out", str(tmp_path / "run"), *CONTEXT])
+    said = error_of(["measure", str(data), "--model", str(model), "--out", str(tmp_path / "run"), *CONTEXT], capsys)
     table = Run.open(tmp_path / "run").positions()
     assert np.isnan(table["entropy"].to_numpy()).all()
-    assert f"at {table.num_rows} positions the logits had NaN" in capsys.readouterr().out
+    assert f"at {table.num_rows} of {table.num_rows} positions the logits had NaN" in said
+
+
+def test_parts_of_empty_documents_alone_hold_no_row(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    (folder / "1.txt").write_text("a full first part of thirty characters and more")
+    (folder / "2.txt").write_text("")
+    run = measure(pair, folder, tmp_path / "run", "--part-size", 10)
+    assert len(run.part_numbers()) == 2
+    assert set(run.positions()["document"].to_pylist()) == {0}
+    said = error_of([*command(pair, tmp_path / "none"), str(folder / "2.txt")], capsys)
+    assert "hold no text" in said
+
+
+def test_a_finished_run_notices_that_the_data_changed(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("the first text")
+    measure(pair, file, tmp_path / "run")
+    main_ok([*command(pair, tmp_path / "run"), str(file)])
+    assert "already finished" in capsys.readouterr().err
+    file.write_text("quite another text")
+    assert "changed" in error_of([*command(pair, tmp_path / "run"), str(file)], capsys)
+
+
+def test_a_run_notices_that_the_model_was_trained_on(
+    pair: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = untrained("llama", vocab_size=256, hidden_size=256, num_hidden_layers=6)
+    folder = save(tmp_path / "model", model)
+    arguments = ["measure", str(data), "--model", str(folder), "--out", str(tmp_path / "run"), *CONTEXT]
+    main_ok(arguments)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[0] *= -3
+    save(folder, model)
+    assert "another" in error_of(arguments, capsys)
+
+
+def test_a_torn_part_is_measured_again(pair: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    whole = measure(pair, data, tmp_path / "run")
+    again = measure(pair, data, tmp_path / "again")
+    manifest = tmp_path / "again" / "run.json"
+    torn = tmp_path / "again" / "positions" / "part-00001.parquet"
+    torn.write_bytes(torn.read_bytes()[:500])
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"totals": None}))
+    again = measure(pair, data, tmp_path / "again")
+    assert same_rows(whole, again)
+
+
+def test_more_tokens_than_embeddings_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save(tmp_path / "small", untrained("llama", vocab_size=200))
+    said = error_of(["measure", str(data), "--model", str(model), "--out", str(tmp_path / "run"), *CONTEXT], capsys)
+    assert "embeddings for 200 tokens" in said
 
 
 def test_vocabularies_that_differ_by_padding_are_compared_on_the_shared_ids(
