@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`. Both make .venv first; a second run starts at once.
+# Two commands: `make demo` and `make test`. Both make .venv first; a second run starts at once. One thread a process: the
+# models are tiny, and two threads that wait for each other on a busy machine cost more than they gain.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +12,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/geohooks demo
+	OMP_NUM_THREADS=1 $(BIN)/geohooks demo
 
 lint: .venv/installed
 	$(BIN)/ruff check .
