@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -326,7 +325,6 @@ class AttentionEvent:
 _QUERY_BLOCK = 512
 
 Event = HiddenEvent | RouterEvent | LogitsEvent | ScoresEvent | AttentionEvent
-Implementation = Callable[[Any], None]
 
 
 def check_edit(site: Site, before: Tensor, after: Tensor) -> None:
